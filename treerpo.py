@@ -6,7 +6,7 @@ The algorithm, once per training step:
   3. back up   the reward of an inner node is the mean of its children's rewards, bottom-up
   4. compare   siblings form a step-level group; advantage = (reward - group mean) / normaliser
   5. update    clipped policy gradient on each step's own tokens, every unique token scored once
-GRPO is the tree of depth 1; GSPO takes one ratio per segment; TreeAdv (arXiv 2601.03703) forks at uncertain tokens.
+GRPO is the tree of depth 1; GSPO takes one ratio per step; TreeAdv (arXiv 2601.03703) forks at uncertain tokens.
 
 One small tree by hand, branching 2 2 (leaf rewards -> backup -> advantages, normaliser bernoulli):
     root .75 -+- a .5 -+- 1     group {1, 0}:   mean .5,  sqrt(.5 * .5)   = .5    ->  +1    and  -1
@@ -23,6 +23,53 @@ Differences from the paper, of which only the abstract and summaries could be re
     python treerpo.py                                    # the bundled model and task, minutes on a CPU
     python treerpo.py --model Qwen/Qwen2.5-Math-1.5B     # MATH on one 80 GB GPU
     python treerpo.py --algo grpo --print-tree           # a baseline, and a look at its samples
+
+Flags: type, default, default of the bundled demo (= the same, - none), meaning. This table is what the parser reads.
+model and data
+  --model               str    -  demo/model  folder or hub id; without it the bundled model and all demo defaults
+  --data                str    nlile/hendrycks-MATH-benchmark  demo/train.jsonl  file or hub ID[:CONFIG[:SPLIT]]
+  --eval-data           str    HuggingFaceH4/MATH-500::test  demo/test.jsonl  with --data alone: a fifth of that, held out
+  --question-column     str    -  =  column of the question, if not found by its usual names
+  --answer-column       str    -  =  column of the answer, if not found by its usual names
+  --template            str    -  =  qwen-math (if the tokenizer knows <|im_end|>), none (else), chat, or a text file
+  --out                 str    -  =  output folder; without it runs/ALGO-DATE-TIME
+  --resume              str    -  =  continue the run in this folder, with its own flags
+tree
+  --algo                treerpo|grpo|gspo|treeadv  treerpo  =  named set of --branch-at, --advantage and --ratio
+  --branch-at           fixed|entropy  fixed  =  every --step-len tokens, or at uncertain tokens (treeadv)
+  --branching           counts 8,2,2  4,2,2,2  children of a node at each level; depth 1: 32, demo 8
+  --step-len            counts 384  16  tokens of a step, one number or one a level; depth 1: 1152, demo 64
+  --leaves              count  32  8  entropy branching: rollouts per question in all
+  --trees               count  8  4  entropy branching: first rollouts per question, the others fork from them
+  --entropy-threshold   real   1.0  0.3  entropy branching: nats above which a token may fork
+  --temperature         real   1.0  =  of sampling and scoring alike
+  --questions-per-step  count  16  32  questions of one batch
+learning
+  --steps               count  300  40  training steps, one batch each
+  --lr                  real   1e-6  3e-4  AdamW learning rate, after 5 steps of linear warm-up
+  --advantage           siblings|leaves|both  siblings  =  compare siblings, redistribute leaves' (treeadv), or the sum
+  --ratio               token|sequence  token  =  importance ratio per token, or per step (gspo)
+  --clip-eps            real   0.2  =  PPO clip range, 1 +- this; gspo 4e-4
+  --updates-per-batch   count  1  =  optimiser steps on each batch
+  --normalizer          bernoulli|std|none  bernoulli  =  divisor of the advantages
+  --level-weight        tokens|levels  tokens  =  every token alike, or every depth alike
+  --min-group-std       float  0.0  =  drop groups whose rewards have at most this population standard deviation
+  --seed                int    0  =  of sampling, data order and evaluation
+memory and speed
+  --max-rows            count  512  2048  sequences of one generate call; bounds the KV cache
+  --pack-len            count  4096  512  tokens of one training forward; bounds the activations
+  --grad-checkpointing  flag   -  =  compute activations again in the backward pass
+  --dtype               auto|float32|mixed|bfloat16  auto  =  mixed (auto on CUDA): float32 weights, bf16 work
+  --device              auto|cpu|cuda  auto  =  where to run
+evaluation and output
+  --eval-every          count  20  10  steps between evaluations
+  --eval-questions      count  128  256  held-out questions used, the first ones
+  --eval-samples        count  4  8  k of avg@k
+  --save-every          count  50  20  steps between checkpoints
+  --keep                count  2  =  newest checkpoints kept
+  --print-tree          flag   -  =  print the first tree of every step
+  --dump-trees          str    -  =  write every node as a JSON line to this file
+Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.
 """
 import argparse
 import copy
@@ -41,7 +88,6 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,124 +99,53 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor
 
-# ------------------------------------------------------------------------------------------------- flags and defaults
-
+HERE = Path(__file__).resolve().parent
+DEPTH_1, DEMO_DEPTH_1 = dict(branching=[32], step_len=[1152]), dict(branching=[8], step_len=[64])  # all but treerpo
+ALGOS = dict(treerpo={}, grpo={}, gspo=dict(ratio="sequence", clip_eps=4e-4),
+             treeadv=dict(branch_at="entropy", advantage="leaves"))
+# What a resumed run may change: it decides what fits and what is shown, not what is learned.
+MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree dump_trees out resume".split()
 
 class BadInput(ValueError):
-    """Something the user gave cannot work; the message names it and the fix. main() turns it into exit status 2."""
+    """Something the user gave cannot work; the message names it and the fix. Exit status 2."""
 
-
-def above_zero(kind):
-    """An argparse type: a finite number above zero."""
-    def number(text):
-        if not 0 < kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be a positive number")
-        return kind(text)
-    return number
-
-
-COUNT, REAL, DEMO = above_zero(int), above_zero(float), Path(__file__).resolve().parent / "demo"
-# An algo is a named set of three choices: where to branch, which advantage, which ratio.
-ALGOS = {"treerpo": dict(branch_at="fixed", advantage="siblings", ratio="token"),
-         "grpo": dict(branch_at="fixed", advantage="siblings", ratio="token"),
-         "gspo": dict(branch_at="fixed", advantage="siblings", ratio="sequence", clip_eps=4e-4),
-         "treeadv": dict(branch_at="entropy", advantage="leaves", ratio="token")}
-DEPTH_1, DEMO_DEPTH_1 = dict(branching=[32], step_len=[1152]), dict(branching=[8], step_len=[64])  # all but treerpo
-FLAGS = [  # a title, or: name, type or choices, default, default of the bundled demo, help
-    "model and data",
-    ("model", str, None, DEMO / "model", "folder or hub id; without it the bundled model and all demo defaults"),
-    ("data", str, "nlile/hendrycks-MATH-benchmark", DEMO / "train.jsonl", "questions: .jsonl, .json, .parquet, or hub "
-     "ID[:CONFIG[:SPLIT]]"),
-    ("eval-data", str, "HuggingFaceH4/MATH-500::test", DEMO / "test.jsonl", "held-out questions; with --data alone: a "
-     "fifth of it"),
-    ("question-column", str, None, None, "column of the question, if not found by its usual names"),
-    ("answer-column", str, None, None, "column of the answer, if not found by its usual names"),
-    ("template", str, None, None, "qwen-math, none (bare question), chat (the tokenizer's own) or a file with {question} in "
-     "it; default: qwen-math if the tokenizer knows <|im_end|>, else none"),
-    ("out", str, None, None, "output folder, default: runs/ALGO-DATE-TIME"),
-    ("resume", str, None, None, "continue the run in this folder, with its own flags"),
-    "tree",
-    ("algo", list(ALGOS), "treerpo", "treerpo", "named set of --branch-at, --advantage and --ratio"),
-    ("branch-at", ["fixed", "entropy"], None, None, "branch every --step-len tokens, or at uncertain tokens"),
-    ("branching", COUNT, [8, 2, 2], [4, 2, 2, 2], "children of a node, a number a level; other algos 32, demo 8"),
-    ("step-len", COUNT, [384], [16], "tokens of a step, one number or one a level; other algos 1152, demo 64"),
-    ("leaves", COUNT, 32, 8, "entropy branching: rollouts per question in all"),
-    ("trees", COUNT, 8, 4, "entropy branching: first rollouts per question; the others fork from them"),
-    ("entropy-threshold", REAL, 1.0, 0.3, "entropy branching: nats above which a token may fork"),
-    ("temperature", REAL, 1.0, 1.0, "of sampling and scoring alike"),
-    ("questions-per-step", COUNT, 16, 32, "questions of one batch"),
-    "learning",
-    ("steps", COUNT, 300, 40, "training steps, one batch each"),
-    ("lr", REAL, 1e-6, 3e-4, "AdamW learning rate, after 5 steps of linear warm-up"),
-    ("advantage", ["siblings", "leaves", "both"], None, None, "compare siblings, redistribute the leaves', or the sum"),
-    ("ratio", ["token", "sequence"], None, None, "importance ratio per token (GRPO) or per segment (GSPO)"),
-    ("clip-eps", REAL, 0.2, 0.2, "PPO clip range 1 +- this; gspo 4e-4"),
-    ("updates-per-batch", COUNT, 1, 1, "optimiser steps on each batch"),
-    ("normalizer", ["bernoulli", "std", "none"], "bernoulli", "bernoulli", "divisor of the advantages"),
-    ("level-weight", ["tokens", "levels"], "tokens", "tokens", "every token alike, or every depth alike"),
-    ("min-group-std", float, 0.0, 0.0, "drop groups whose rewards have at most this population std"),
-    ("seed", int, 0, 0, "of sampling, data order and evaluation"),
-    "memory and speed",
-    ("max-rows", COUNT, 512, 2048, "sequences of one generate call; bounds the KV cache"),
-    ("pack-len", COUNT, 4096, 512, "tokens of one training forward; bounds the activations"),
-    ("grad-checkpointing", bool, False, False, "compute activations again in the backward pass"),
-    ("dtype", ["auto", "float32", "mixed", "bfloat16"], "auto", "auto", "mixed: float32 weights, bf16 compute and sampling; "
-     "auto: mixed on CUDA, float32 on CPU"),
-    ("device", ["auto", "cpu", "cuda"], "auto", "auto", "where to run"),
-    "evaluation and output",
-    ("eval-every", COUNT, 20, 10, "steps between evaluations"),
-    ("eval-questions", COUNT, 128, 256, "held-out questions used, the first ones"),
-    ("eval-samples", COUNT, 4, 8, "k of avg@k"),
-    ("save-every", COUNT, 50, 20, "steps between checkpoints"),
-    ("keep", COUNT, 2, 2, "newest checkpoints kept"),
-    ("print-tree", bool, False, False, "print the first tree of every step"),
-    ("dump-trees", str, None, None, "append every node as a JSON line to this file"),
-]
-# A resumed run may change these: they decide what fits and what is shown, not what is learned.
-MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree out resume".split()
+def require(condition, message):
+    if not condition:
+        raise BadInput(message)
 
 # --------------------------------------------------------------------------------------------------- prompts and data
 
 QWEN_MATH = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-             "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-
+             "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")  # Qwen2.5-Math's own evaluation prompt
 
 def load_template(name, tokenizer):
-    """--template -> a text with {question} in it, or "chat" (qwen-math: Qwen's own evaluation prompt)."""
+    """--template -> a text with {question} in it, or "chat" for the tokenizer's chat template. Raises BadInput."""
     name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
-    if name == "chat" and tokenizer.chat_template:
-        return name
-    try:
-        text = {"qwen-math": QWEN_MATH, "none": "{question}"}.get(name) or Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"--template {name}: needs qwen-math, none, a tokenizer with a chat template, or a text file") from e
-    if "{question}" not in text:
-        raise BadInput(f"--template {name}: the file has no {{question}} in it")
+    known = {"qwen-math": QWEN_MATH, "none": "{question}", **({"chat": "chat"} if tokenizer.chat_template else {})}
+    text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
+    require(text == "chat" or "{question}" in text, f"--template {name}: give {', '.join(known)} or a file with {{question}}")
     return text
-
 
 def build_prompt(question, template, tokenizer):
     """Question -> prompt token ids, in training and evaluation alike."""
     if template != "chat":
         return tokenizer.encode(template.replace("{question}", question))
-    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)  # the chat template has written them
-
+    turns = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
 def use_hub_or_cache():
-    """If the hub does not answer, look into its local cache only, at once instead of after minutes of retries."""
+    """If the hub does not answer, look only into its local cache: at once, not after minutes of retries."""
     try:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=8).close()
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-
 
 def read_rows(source):
     """A .jsonl, .json or .parquet file or a hub data set ID[:CONFIG[:SPLIT]] -> list of rows. Raises BadInput."""
     suffix, rows, line = Path(source).suffix, [], 0
     try:
         if suffix == ".jsonl":
-            for line, text in enumerate(Path(source).open("rb"), 1):
+            for line, text in enumerate(open(source, "rb"), 1):
                 rows.append(json.loads(text))
         elif suffix == ".json":
             rows = json.loads(Path(source).read_bytes())
@@ -181,53 +156,43 @@ def read_rows(source):
             name, config, split = (source.split(":") + ["", ""])[:3]
             rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as e:  # a dozen unrelated types say "not there", "not reachable" or "not readable"
-        raise BadInput(f"{source}{f' line {line + 1}' if line else ''}: cannot read it ({str(e) or type(e).__name__:.200}). "
-                       "Give a .jsonl, .json or .parquet file, or a hub id that is reachable or cached") from e
-    if not len(rows) or isinstance(rows, dict):
-        raise BadInput(f"{source}: no questions in it; it must be a list of objects")
+        raise BadInput(f"cannot read {source}{f' line {line}' if line else ''} ({type(e).__name__}: {e!s:.200}); give a .jsonl, "
+                       ".json or .parquet file, or a hub id that is reachable or in the local cache") from e
+    require(isinstance(rows, (list, datasets.Dataset)) and len(rows), f"{source}: it must hold a list of objects, not empty")
     return rows
 
-
-def column(row, place, flag, wanted, usual):
-    """The row's value under the wanted column, or under the first usual name it has, in whatever case."""
-    names = {str(name).lower(): name for name in row}
-    for name in [wanted.lower()] if wanted else usual:
-        if name in names:
-            return row[names[name]]
-    raise BadInput(f"{place}: no column {wanted or ' or '.join(usual)}, only {', '.join(names)}; name it with {flag}")
-
+def pick(row, place, wanted, usual):
+    """The row's value in the wanted column, else in the first usual one it has, in whatever case. Raises BadInput."""
+    columns = {str(name).lower(): name for name in row} if isinstance(row, dict) else {}
+    found = [name for name in ([wanted.lower()] if wanted else usual) if name in columns]
+    require(found, f"{place}: no {wanted or '/'.join(usual)} among its columns {[*columns]}; name it with --{usual[0]}-column")
+    return row[columns[found[0]]]
 
 def load_questions(source, question_column=None, answer_column=None):
     """-> [{"id": row number from 0, "question": str, "answer": str, number or list of accepted ones}]. Raises BadInput."""
-    questions, unreadable = [], []
+    questions = []
     for number, row in enumerate(read_rows(source)):
         place = f"{source} row {number + 1}"
-        if not isinstance(row, dict):
-            raise BadInput(f"{place}: not an object with columns")
-        question = column(row, place, "--question-column", question_column, ("question", "problem"))
-        answer = column(row, place, "--answer-column", answer_column, ("answer", "final_answer", "solution"))
-        if not isinstance(question, str) or not question.strip():
-            raise BadInput(f"{place}: the question must be text and not empty, not {question!r:.80}")
-        golds = answer if isinstance(answer, list) else [answer]
-        if not golds or any(type(g) not in (str, int, float) or not str(g).strip() for g in golds):
-            raise BadInput(f"{place}: the answer must be text or a number and not empty, not {answer!r:.80}")
+        question = pick(row, place, question_column, ["question", "problem"])
+        answer = pick(row, place, answer_column, ["answer", "final_answer", "solution"])
         if isinstance(answer, str) and "####" in answer:  # GSM8K writes the reasoning, then #### and the answer
             answer = answer.rsplit("####", 1)[1].strip()
+        golds = answer if isinstance(answer, list) and answer else [answer]
+        readable = all(type(gold) in (str, int, float) and str(gold).strip() for gold in golds)
+        require(isinstance(question, str) and question.strip(), f"{place}: the question must be text, not {question!r:.80}")
+        require(readable, f"{place}: the answer must be text or a number and not empty, not {answer!r:.80}")
         questions.append({"id": number, "question": question, "answer": answer})
     return questions
-
 
 def fit_context(questions, name, template, tokenizer, budget, context):
     """Add each question's prompt tokens; leave out questions whose prompt and answer together exceed the context."""
     for q in questions:
         q["prompt"] = build_prompt(q["question"], template, tokenizer)
     kept = [q for q in questions if 0 < len(q["prompt"]) <= context - budget]
-    if not kept:
-        raise BadInput(f"{name}: no question fits, depth x --step-len takes {budget} of {context} tokens; lower --step-len")
+    require(kept, f"{name}: no question fits, depth x --step-len takes {budget} of {context} tokens; lower --step-len")
     if len(kept) < len(questions):
         print(f"{name}: {len(questions) - len(kept)} of {len(questions)} questions left out, too long for the context")
     return kept
-
 
 # -------------------------------------------------------------------------------------------------- verifiable reward
 
@@ -236,17 +201,14 @@ def extract_boxed(text):
     j = text.find("}", i)
     return text[i + 7:j] if i >= 0 and j >= 0 else None
 
-
 def is_equiv(a, b):
     return bool(a) and a == b
-
 
 def reward_fn(completion, answer):
     box = extract_boxed(completion)
     return float(box is not None and is_equiv(box, str(answer)))
 
-
-# ----------------------------------------------------------------------------------------------------------- the tree
+# ------------------------------------------------------------------------------------------------------------- the tree
 
 @dataclass(eq=False)
 class Node:
@@ -265,7 +227,7 @@ class Node:
         return (self.parent.path() if self.parent else []) + [self]
 
     def walk(self):
-        """This node and all below, depth-first, parents before children."""
+        """This node and all below it, depth-first, parents before children."""
         yield self
         for child in self.children:
             yield from child.walk()
@@ -273,15 +235,8 @@ class Node:
     def leaves(self):
         return [node for node in self.walk() if not node.children]
 
-    @property
-    def depth(self):
-        return len(self.path()) - 1
-
-    @property
-    def trained(self):
-        """Whether its tokens are in the loss: the advantage is not 0, up to rounding."""
-        return abs(self.advantage) > 1e-12
-
+    depth = property(lambda self: len(self.path()) - 1)
+    trained = property(lambda self: abs(self.advantage) > 1e-12)  # its tokens are in the loss; 1e-12 is rounding
 
 def path_text(node, tokenizer):
     """Text of the completion up to the end of this node. Of a leaf: what the verifier grades."""
@@ -289,77 +244,65 @@ def path_text(node, tokenizer):
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.rstrip("\ufffd") if node.children else text  # half a UTF-8 character is left to the child that ends it
 
-
 def step_text(node, tokenizer):
     """The node's own piece of text: the pieces of a path concatenate to its leaf's path_text."""
     return path_text(node, tokenizer)[len(path_text(node.parent, tokenizer)):] if node.parent else ""
 
-
 def render_tree(node, tokenizer, indent=""):
-    """The tree as indented lines of reward, advantage, text; control characters escaped, the terminal never sees them."""
+    """Indented lines of reward, advantage, text; control characters escaped, so that the terminal obeys none of them."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in step_text(node, tokenizer))
-    line = f"{indent}{node.reward:.2f} {node.advantage:+.2f} | {text}"
-    return "\n".join([line] + [render_tree(child, tokenizer, indent + "    ") for child in node.children])
+    lines = [f"{indent}{node.reward:.2f} {node.advantage:+.2f} | {text}"]
+    return "\n".join(lines + [render_tree(child, tokenizer, indent + "    ") for child in node.children])
 
-
-# ---------------------------------------------------------------------------------------------------- tree sampling
+# -------------------------------------------------------------------------------------------------------- tree sampling
 
 @dataclass(frozen=True)
 class Decoding:
     """How to sample: exactly softmax(logits / temperature) over the tokenizer's ids; temperature 0 is greedy."""
-    eos_ids: tuple           # any of them ends a rollout
-    n_tokens: int            # ids from here on are padding of the embedding matrix, never sampled or scored
+    eos_ids: tuple           # each of them ends a rollout
+    n_tokens: int            # ids from here on only pad the embedding matrix: never sampled or scored
     temperature: float = 1.0
     max_rows: int = 512      # sequences of one generate call
 
-
 class OnPolicy(LogitsProcessor):
     """The only logits processor: cuts off ids beyond the tokenizer, applies the temperature, notes the entropy."""
-
-    def __init__(self, n_tokens, temperature):
-        self.n_tokens, self.temperature, self.entropies = n_tokens, temperature or 1.0, []
+    def __init__(self, decoding):
+        self.n_tokens, self.temperature, self.entropies = decoding.n_tokens, decoding.temperature or 1.0, []
 
     def __call__(self, input_ids, scores):
         scores[:, self.n_tokens:] = -math.inf
         scores = scores / self.temperature
-        self.entropies.append(torch.special.entr(scores.softmax(-1)).sum(-1))  # -sum_a pi log pi, over the vocabulary
+        self.entropies.append(torch.special.entr(scores.softmax(-1)).sum(-1))  # H = -sum_a pi(a) log pi(a)
         return scores
 
-
 def prefill(model, sequences, pad_id):
-    """[R] token lists -> (ids [R, T] left-padded, mask [R, T], KV cache of the first T - 1 positions).
+    """[R] token lists -> state: (ids [R, T] left-padded, mask [R, T], KV cache of the first T - 1 positions).
 
-    The last token stays out because `generate` feeds it itself; a cache of all T would make it feed the prompt again.
+    The last token stays out: `generate` feeds it itself, and given a cache of all T it would feed the whole prompt again.
     """
+    model.eval()  # in train mode, gradient checkpointing drops the cache without a word
     length = max(map(len, sequences))
     ids = torch.tensor([[pad_id] * (length - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences], device=model.device)
-    cache = DynamicCache()
+    cache, positions = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
     if length > 1:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
                             past_key_values=cache, use_cache=True)
     return ids, mask, cache
 
-
 def select_rows(state, rows):
-    """A new (ids, mask, cache) of these rows: repeats a parent for each child and drops finished rows in one go."""
+    """A new state of these rows: repeats a parent for each child and drops finished rows in one copy."""
     ids, mask, cache = state
     rows = torch.tensor(rows, device=ids.device)
-    cache = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers])
-    return ids[rows], mask[rows], cache
-
+    return ids[rows], mask[rows], DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers])
 
 def generate_step(model, state, max_new_tokens, decoding):
     """Continue every row by one step with HF generate. -> ([R] (tokens, done, entropies), state after the step)."""
     ids, mask, cache = state
-    # Every field that a checkpoint's own generation_config could leak in (top_k, penalties, ...) must come from ours.
+    # a clean config on the model too: what is unset here would come from the checkpoint's own (penalties, top_k, ...)
     clean = GenerationConfig(do_sample=decoding.temperature > 0, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
-                             max_new_tokens=max_new_tokens, eos_token_id=list(decoding.eos_ids),
-                             pad_token_id=decoding.eos_ids[0])
-    policy = OnPolicy(decoding.n_tokens, decoding.temperature)
-    original, model.generation_config = model.generation_config, clean
-    model.eval()  # gradient checkpointing in train mode drops the cache without a word
+                             max_new_tokens=max_new_tokens, eos_token_id=[*decoding.eos_ids], pad_token_id=decoding.eos_ids[0])
+    policy, (original, model.generation_config) = OnPolicy(decoding), (model.generation_config, clean)
     try:
         out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=clean,
                              logits_processor=[policy])
@@ -369,11 +312,9 @@ def generate_step(model, state, max_new_tokens, decoding):
     ended = torch.isin(new, torch.tensor(decoding.eos_ids, device=new.device))
     done = ended.any(1)
     lengths = torch.where(done, ended.int().argmax(1) + 1, new.shape[1])  # behind its first EOS a row is padding
-    entropies = torch.stack(policy.entropies, 1)
-    steps = [(tokens[:n], d, h[:n]) for tokens, n, d, h in
-             zip(new.tolist(), lengths.tolist(), done.tolist(), entropies.tolist())]
+    columns = (new, lengths, done, torch.stack(policy.entropies, 1))
+    steps = [(tokens[:n], end, h[:n]) for tokens, n, end, h in zip(*(column.tolist() for column in columns))]
     return steps, (out, torch.cat([mask, torch.ones_like(new)], 1), cache)
-
 
 def grow(model, nodes, rows, state, branching, step_lens, decoding):
     """Give every node its children, level by level; nodes[i] lives in row rows[i] of state. Fills node.children.
@@ -391,80 +332,68 @@ def grow(model, nodes, rows, state, branching, step_lens, decoding):
         if live and branching[1:]:
             grow(model, [children[row] for row in live], live, child_state, branching[1:], step_lens[1:], decoding)
 
-
 @torch.no_grad()
 def sample_trees(model, prompts, branching, step_lens, decoding):
-    """One tree per prompt [summary of section 3]: branching[d] children of step_lens[d] tokens below each live node.
+    """TreeRPO's sampler: one tree per prompt, branching[d] children of step_lens[d] tokens below each live node.
 
-    prompts: token id lists. branching, step_lens: one entry a level. -> roots, in the order of the prompts.
+    prompts: token id lists; branching, step_lens: one entry a level. -> roots, in the order of the prompts.
     """
     roots = [Node(list(prompt), question=i) for i, prompt in enumerate(prompts)]
-    by_length = sorted(roots, key=lambda root: len(root.tokens))  # little padding
-    width = max(1, decoding.max_rows // branching[0])
-    for start in range(0, len(roots), width):
+    by_length, width = sorted(roots, key=lambda root: len(root.tokens)), max(1, decoding.max_rows // branching[0])
+    for start in range(0, len(roots), width):  # prompts of about one length together: little padding
         group = by_length[start:start + width]
         state = prefill(model, [root.tokens for root in group], decoding.eos_ids[0])
         grow(model, group, range(len(group)), state, branching, step_lens, decoding)
     return roots
 
-
 def split_step(node, t):
-    """Cut a step in two before its token t >= 1: the node keeps the head, a new only child takes all the rest."""
+    """Cut a step before its token t >= 1: the node keeps the head, a new only child takes all the rest."""
     tail = Node(node.tokens[t:], node, node.children, node.done, entropies=node.entropies[t:])
     for child in tail.children:
         child.parent = tail
     node.tokens, node.children, node.done, node.entropies = node.tokens[:t], [tail], False, node.entropies[:t]
 
-
 @torch.no_grad()
 def sample_forests(model, prompts, leaves, trees, budget, threshold, decoding):
-    """TreeAdv: `trees` first rollouts a prompt, then forks where they were most uncertain, `leaves` rollouts in all.
+    """TreeAdv's sampler: `trees` first rollouts a prompt, then forks where they were uncertain; `leaves` rollouts in all.
 
-    Forks: the leaves - trees positions of highest entropy above threshold (nats); where there are fewer, fresh rollouts
-    fill up. budget: tokens of a rollout. One round of forks [ours]. -> roots, several for each prompt.
+    Forks: the leaves - trees positions of highest entropy above threshold (nats), one round of them [ours]; where there
+    are fewer, fresh rollouts fill up. budget: tokens of a rollout. -> roots, each tree its own, grouped by prompt.
     """
-    roots, empty = [], []  # empty: (node to fill, tokens it may take)
+    roots, empty = [], []  # empty: (node to fill, the tokens it may take)
     for first in sample_trees(model, prompts, [trees], [budget], decoding):
-        for rollout in first.children:
-            rollout.parent = Node(first.tokens, children=[rollout], question=first.question)
-        forest = [rollout.parent for rollout in first.children]
-        spots = [(h, k, t) for k, rollout in enumerate(first.children) for t, h in enumerate(rollout.entropies)]
-        spots = sorted((spot for spot in spots if spot[0] > threshold), reverse=True)[:leaves - trees]
-        for _, k, t in sorted(spots, key=lambda spot: -spot[2]):  # last fork first: the head stays the rollout's node
-            rollout = first.children[k]
-            if t > 0:
-                split_step(rollout, t)
-            fork = Node([], rollout if t > 0 else rollout.parent)
-            fork.parent.children.append(fork)
-            empty.append((fork, budget - t))
-        for _ in range(leaves - trees - len(spots)):
-            fresh = Node(first.tokens, question=first.question)
-            fresh.children = [Node([], fresh)]
-            forest.append(fresh)
-            empty.append((fresh.children[0], budget))
+        spots = [(h, k, t) for k, step in enumerate(first.children) for t, h in enumerate(step.entropies) if h > threshold]
+        spots = sorted(spots, reverse=True)[:leaves - trees]
+        forest = [Node(first.tokens, question=first.question) for _ in range(leaves - len(spots))]
+        for root, rollout in zip(forest, first.children):
+            root.children, rollout.parent = [rollout], root
+        forks = [(forest[k], t) for _, k, t in spots] + [(root, 0) for root in forest[trees:]]
+        for root, t in sorted(forks, key=lambda fork: -fork[1]):  # the last first, so that earlier positions stay valid
+            head = root.children[0] if t else root
+            if t:
+                split_step(head, t)
+            head.children.append(Node([], head))
+            empty.append((head.children[-1], budget - t))
         roots += forest
-    prefix = {node: [token for step in node.parent.path() for token in step.tokens] for node, _ in empty}
-    empty.sort(key=lambda pair: len(prefix[pair[0]]))
+    empty.sort(key=lambda pair: -pair[1])  # prefixes of about one length together
     for start in range(0, len(empty), decoding.max_rows):
         chunk = empty[start:start + decoding.max_rows]
-        state = prefill(model, [prefix[node] for node, _ in chunk], decoding.eos_ids[0])
-        steps, _ = generate_step(model, state, max(limit for _, limit in chunk), decoding)
+        prefixes = [[token for step in node.parent.path() for token in step.tokens] for node, _ in chunk]
+        steps, _ = generate_step(model, prefill(model, prefixes, decoding.eos_ids[0]), chunk[0][1], decoding)
         for (node, limit), (tokens, done, entropies) in zip(chunk, steps):
-            node.tokens, node.entropies, node.done = tokens[:limit], entropies[:limit], done and len(tokens) <= limit
+            node.tokens, node.done, node.entropies = tokens[:limit], done and len(tokens) <= limit, entropies[:limit]
     return roots
 
-
-# ---------------------------------------------------------------------------------------------------- reward backup
+# -------------------------------------------------------------------------------------------------------- reward backup
 
 def backup_rewards(node):
-    """Fill node.reward below and at node, return it. A leaf keeps its own; an inner node takes the mean of its
-    children's (section 3 [summary]), which is not the mean of its leaves where a branch ended early."""
+    """Fill node.reward from the leaves up, return it. A leaf keeps its own; an inner node takes the mean of its children's
+    (section 3 [summary]), which is not the mean of its leaves where a branch ended early."""
     if node.children:
         node.reward = sum(backup_rewards(child) for child in node.children) / len(node.children)
     return node.reward
 
-
-# --------------------------------------------------------------------------------------- step-level groups, advantages
+# ---------------------------------------------------------------------------------------- step-level groups, advantages
 
 def group_relative_advantages(rewards, normalizer):
     """Rewards [n] of one group -> advantages [n], float64, sum 0; all 0 if the rewards have no spread.
@@ -478,16 +407,13 @@ def group_relative_advantages(rewards, normalizer):
         return torch.zeros_like(rewards)
     if normalizer == "bernoulli" and (rewards.min() < 0 or rewards.max() > 1):
         raise ValueError("the bernoulli normaliser needs rewards in [0, 1]")
-    scales = {"bernoulli": (mu * (1 - mu)).sqrt(), "std": rewards.std(correction=0), "none": 1.0}
-    return (rewards - mu) / scales[normalizer]
-
+    return (rewards - mu) / {"bernoulli": (mu * (1 - mu)).sqrt(), "std": rewards.std(correction=0), "none": 1.0}[normalizer]
 
 def compare(nodes, normalizer, min_group_std):
-    """Advantages of the nodes of one group, as a list; zeros if the group is pruned (rule ours)."""
+    """Advantages of the nodes of one group, a list; zeros if the rewards' population std is at most min_group_std [ours]."""
     rewards = torch.tensor([node.reward for node in nodes], dtype=torch.float64)
     pruned = rewards.std(correction=0) <= min_group_std
     return [0.0] * len(nodes) if pruned else group_relative_advantages(rewards, normalizer).tolist()
-
 
 def add_sibling_advantages(forest, normalizer, min_group_std=0.0):
     """TreeRPO's step-level groups: node.advantage += its advantage among its siblings. -> has each group a signal?"""
@@ -499,7 +425,6 @@ def add_sibling_advantages(forest, normalizer, min_group_std=0.0):
         signals.append(any(group))
     return signals
 
-
 def add_leaf_advantages(forest, normalizer, min_group_std=0.0):
     """TreeAdv: compare all leaves of a question; node.advantage += the mean over the leaves below it (plain mean: ours)."""
     leaves = [leaf for root in forest for leaf in root.leaves()]
@@ -509,117 +434,104 @@ def add_leaf_advantages(forest, normalizer, min_group_std=0.0):
         node.advantage += math.fsum(own[leaf] for leaf in below) / len(below)
     return [any(own.values())]
 
-
 def unit_weights(nodes, level_weight, ratio):
     """{depth: loss weight of a unit there}; a unit is a token, or a whole step under sequence ratios. The weights of all
     sampled units, trained or not, sum to 1, so that pruning, packs and micro-batches do not change the gradient.
-
-    tokens: every unit alike. levels: every depth alike in sum (ours).
-    """
+    tokens: every unit alike. levels: every depth alike in sum [ours]."""
     units = Counter()
     for node in nodes:
         units[node.depth] += len(node.tokens) if ratio == "token" else 1
     return {d: 1 / (units.total() if level_weight == "tokens" else len(units) * n) for d, n in units.items()}
 
-
-# ------------------------------------------------------------------------------------------ packed log-probs and loss
+# -------------------------------------------------------------------------------------------- packed log-probs and loss
 
 def pack_nodes(roots, pack_len):
-    """Put every node with an advantage into a pack once, behind its ancestors. -> list of {node: scored here?}.
+    """Put every trained node into a pack once, behind its ancestors. -> list of packs {node: is it scored here?}.
 
-    Packs hold at most pack_len tokens, unless one path alone is longer. Depth-first order keeps the children of a node
-    together, so an ancestor is seldom computed again; in a later pack it is context only.
+    A pack holds at most pack_len tokens, unless one path alone is longer. Depth-first order keeps siblings together, so
+    that an ancestor is seldom computed again; where it is, it is context only.
     """
-    packs, pack, size = [], {}, 0
+    packs, size = [], math.inf
     for node in (node for root in roots for node in root.walk() if node.trained):
-        missing = [step for step in node.path() if step not in pack]
-        if pack and size + sum(len(step.tokens) for step in missing) > pack_len:
-            packs.append(pack)
-            pack, size, missing = {}, 0, node.path()
-        pack.update(dict.fromkeys(missing, False))
-        pack[node] = True
+        missing = [step for step in node.path() if not packs or step not in packs[-1]]
+        if size + sum(len(step.tokens) for step in missing) > pack_len:
+            packs.append({})
+            size, missing = 0, node.path()
+        packs[-1].update(dict.fromkeys(missing, False))
+        packs[-1][node] = True
         size += sum(len(step.tokens) for step in missing)
-    return packs + [pack] if pack else packs
-
+    return packs
 
 def pack_tensors(pack, device):
-    """A pack -> tensors of one row of T tokens, M of them scored, in S segments.
+    """A pack -> one row of T tokens, of which M in S steps are scored.
 
     ids, positions [1, T]; mask [1, 1, T, T], True where a token may look: itself, earlier tokens of its step, ancestors;
-    predictors [M]: the column whose output predicts a scored token; targets [M]: that token; segments [M] in 0..S-1.
+    predictors [M]: the column whose output predicts a scored token; targets [M]: that token; segments [M]: its step, < S.
     """
-    nodes = list(pack)
-    index = {node: k for k, node in enumerate(nodes)}
-    related = torch.eye(len(nodes), dtype=torch.bool)  # related[k, j]: j is k or an ancestor of k
-    ids, positions, columns, predictors, targets, segments = [], [], [], [], [], []
-    last, behind = {}, {}  # node: its last column; node: the position after its last token
-    for k, node in enumerate(nodes):
-        start, offset, length = len(ids), behind.get(node.parent, 0), len(node.tokens)
+    related = torch.eye(len(pack), dtype=torch.bool)  # [k, j]: node j is node k or an ancestor of it
+    ids, positions, owner, predictors, targets, segments = [], [], [], [], [], []
+    index, last = {}, {}  # of a node: its number, the column of its last token
+    for k, (node, scored) in enumerate(pack.items()):
+        start, length = len(ids), len(node.tokens)
+        offset = positions[last[node.parent]] + 1 if node.parent else 0
+        index[node], last[node] = k, start + length - 1
         if node.parent:
             related[k] |= related[index[node.parent]]
-        if pack[node]:
+        if scored:
             predictors += [last[node.parent], *range(start, start + length - 1)]
             targets += node.tokens
-            segments += [len(set(segments))] * length
+            segments += [segments[-1] + 1 if segments else 0] * length
         ids += node.tokens
         positions += range(offset, offset + length)
-        columns += [k] * length
-        last[node], behind[node] = start + length - 1, offset + length
-    columns = torch.tensor(columns)
-    mask = related[columns][:, columns].tril()
-    row = dict(ids=[ids], positions=[positions], predictors=predictors, targets=targets, segments=segments)
-    return SimpleNamespace(mask=mask[None, None].to(device), **{k: torch.tensor(v, device=device) for k, v in row.items()})
-
+        owner += [k] * length
+    row = dict(ids=[ids], positions=[positions], predictors=predictors, targets=targets, segments=segments,
+               mask=related[owner][:, owner].tril()[None, None])
+    return SimpleNamespace(**{name: torch.as_tensor(value, device=device) for name, value in row.items()})
 
 def token_logps(model, row, temperature, n_tokens, chunk=256):
-    """Log-probabilities [M], float32, of the scored tokens under softmax(logits / temperature) over n_tokens ids.
+    """Log-probs [M], float32, of the scored tokens under softmax(logits / temperature) over the first n_tokens ids.
 
-    Never holds float32 logits of more than `chunk` tokens: the head runs in chunks and again in the backward pass.
+    The head runs in chunks, and again in the backward pass: never more than chunk x vocabulary float32 logits at once.
     """
     hidden = model.get_decoder()(input_ids=row.ids, attention_mask=row.mask, position_ids=row.positions,
                                  use_cache=False).last_hidden_state[0, row.predictors]
-    head = model.get_output_embeddings()
-
     def score(hidden, targets):
-        logits = head(hidden)[:, :n_tokens].float() / temperature
+        logits = model.get_output_embeddings()(hidden)[:, :n_tokens].float() / temperature
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-    return torch.cat([checkpoint(score, h, y, use_reentrant=False)
-                      for h, y in zip(hidden.split(chunk), row.targets.split(chunk))])
-
+    pairs = zip(hidden.split(chunk), row.targets.split(chunk))
+    return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in pairs])
 
 def policy_loss(logps, old_logps, segments, advantages, weights, clip_eps, ratio):
-    """Clipped surrogate -sum_u w_u min(r_u A_u, clip(r_u, 1 - eps, 1 + eps) A_u) -> (loss, clipped units, units).
+    """PPO's clipped loss -sum_u w_u min(r_u A_u, clip(r_u, 1 - eps, 1 + eps) A_u) -> (loss, clipped units, units).
 
     logps, old_logps, segments [M]; advantages, weights [S]. token (GRPO): a unit is a token, r = pi / pi_old.
-    sequence (GSPO, 2507.18071): a unit is a segment, r = (pi(y) / pi_old(y))^(1 / |y|) = exp(mean_t log r_t).
+    sequence (GSPO, 2507.18071): a unit is a step, r = (pi(y) / pi_old(y))^(1 / |y|) = exp(mean_t log r_t).
     """
     log_ratio = logps - old_logps
     if ratio == "sequence":
-        sums = torch.zeros_like(advantages).index_add(0, segments, log_ratio)
-        log_ratio = sums / torch.bincount(segments, minlength=len(advantages))
+        sums = torch.zeros_like(weights).index_add(0, segments, log_ratio)
+        log_ratio = sums / torch.bincount(segments)
     else:
         advantages, weights = advantages[segments], weights[segments]
     r = log_ratio.exp()
     plain, clipped = r * advantages, r.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -(weights * torch.min(plain, clipped)).sum(), (clipped < plain).sum().item(), len(r)
 
-
-# ------------------------------------------------------------------------------------------------------------ update
+# --------------------------------------------------------------------------------------------------------------- update
 
 def update_policy(model, optimizer, trees, weights, decoding, *, pack_len, clip_eps, ratio, updates, autocast):
-    """`updates` optimiser steps on one batch of trees. -> grad_norm and clip_ratio of the passes, skipped.
+    """`updates` optimiser steps on one batch of trees -> grad_norm and clip_ratio of the last, skipped.
 
-    weights: {depth: weight of a unit}, see unit_weights. Old log-probs are those of the first pass, before any step, so
-    one pass has ratio 1 throughout. A pass with a loss or gradient that is not finite never reaches the weights.
+    weights: see unit_weights. Old log-probs are those of the first pass, before any step: with one pass every ratio is 1.
+    A pass whose loss or gradient is not finite never reaches the weights: skipped.
     """
-    packs, old_logps = pack_nodes(trees, pack_len), {}
-    result = dict(grad_norm=0.0, clip_ratio=0.0, skipped=False)
+    packs, old_logps, result = pack_nodes(trees, pack_len), {}, dict(grad_norm=0.0, clip_ratio=0.0, skipped=False)
+    model.train(getattr(model, "is_gradient_checkpointing", False))  # checkpointing works in train mode only
     for _ in range(updates if packs else 0):
-        optimizer.zero_grad(set_to_none=True)
-        loss_sum, clipped, units = 0.0, 0, 0
+        optimizer.zero_grad()
+        total, clipped, units = 0.0, 0, 0
         for k, pack in enumerate(packs):
-            row = pack_tensors(pack, model.device)
-            scored = [node for node in pack if pack[node]]
+            row, scored = pack_tensors(pack, model.device), [node for node in pack if pack[node]]
             advantages = torch.tensor([node.advantage for node in scored], device=model.device)
             weight = torch.tensor([weights[node.depth] for node in scored], device=model.device)
             with autocast():
@@ -627,30 +539,25 @@ def update_policy(model, optimizer, trees, weights, decoding, *, pack_len, clip_
             old = old_logps.setdefault(k, logps.detach())
             loss, n_clipped, n = policy_loss(logps, old, row.segments, advantages, weight, clip_eps, ratio)
             loss.backward()
-            loss_sum, clipped, units = loss_sum + loss.item(), clipped + n_clipped, units + n
+            total, clipped, units = total + loss.item(), clipped + n_clipped, units + n
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        if not math.isfinite(loss_sum + norm):
-            optimizer.zero_grad(set_to_none=True)
-            return dict(result, skipped=True)
+        result = dict(grad_norm=norm, clip_ratio=clipped / units, skipped=not math.isfinite(total + norm))
+        if result["skipped"]:
+            result["grad_norm"] = None
+            break
         optimizer.step()
-        result.update(grad_norm=norm, clip_ratio=clipped / units)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return result
 
-
 def copy_weights(source, target):
-    """Make the sampling copy follow the trained weights, rounding them to its own precision."""
+    """Make the sampling copy follow the trained weights, rounded to its own precision."""
     if target is not source:
         for p, q in zip(target.parameters(), source.parameters()):
             p.data.copy_(q.data)
 
-
-# -------------------------------------------------------------------------------------------------------- evaluation
-
 def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
-    """Held-out accuracy: avg@samples at temperature 1 and greedy. Its own random stream leaves the training's alone."""
-    prompts = [q["prompt"] for q in questions]
-    accuracy = {}
+    """Held-out accuracy, avg@samples at temperature 1 and greedy, on a random stream of its own."""
+    prompts, accuracy = [q["prompt"] for q in questions], {}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for name, width, temperature in (("eval/accuracy", samples, 1.0), ("eval/greedy_accuracy", 1, 0.0)):
@@ -660,28 +567,60 @@ def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
             accuracy[name] = sum(rewards) / len(rewards)
     return accuracy
 
+# ------------------------------------------------------------------------------------------ model, checkpoint and log
 
-# ------------------------------------------------------------------------------------------------- checkpoint and log
+def load_model(name, device, dtype, grad_checkpointing):
+    """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
+    if not os.path.isdir(name):
+        use_hub_or_cache()
+    weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=weights, attn_implementation="sdpa").to(device)
+    except (OSError, ValueError, KeyError) as e:
+        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}). Give a folder with config.json, weights and tokenizer; "
+                       "a hub id needs the hub or its local cache") from e
+    kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
+    require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported; tested are "
+            "qwen2, qwen3 and llama with full attention in every layer")
+    require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no EOS; set eos_token in tokenizer_config.json")
+    sampler = copy.deepcopy(model) if dtype == "mixed" else model
+    for p in sampler.parameters() if dtype == "mixed" else ():  # not the buffers: rotary frequencies stay float32
+        p.data = p.data.bfloat16()
+    if grad_checkpointing:  # renamed in transformers 5.23
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model, sampler, tokenizer
+
+def make_decoding(model, tokenizer, temperature, max_rows):
+    """Stop at the EOS ids of model, generation config and tokenizer, and at the end of a chat turn."""
+    vocabulary, stops = tokenizer.get_vocab(), []
+    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        stops += eos if isinstance(eos, list) else [eos]
+    eos_ids = {*stops, vocabulary.get("<|im_end|>")} - {None}
+    return Decoding(tuple(sorted(eos_ids)), min(max(vocabulary.values()) + 1, model.config.vocab_size), temperature, max_rows)
 
 def append_jsonl(path, rows):
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-
 
 def drop_later_steps(path, step):
     """Keep the lines of a JSONL file up to this step; a line torn by a kill goes too."""
-    if path and os.path.exists(path):
-        lines = [line for line in Path(path).read_bytes().splitlines(True) if line.endswith(b"\n")]
-        Path(f"{path}.tmp").write_bytes(b"".join(line for line in lines if json.loads(line)["step"] <= step))
-        os.replace(f"{path}.tmp", path)
+    lines = Path(path).read_bytes().splitlines(True) if os.path.exists(path) and step >= 0 else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    Path(f"{path}.tmp").write_bytes(b"".join(kept))
+    os.replace(f"{path}.tmp", path)
 
+def tree_rows(trees, batch, step, tokenizer):
+    """Every node as a dict for --dump-trees; ids count through the step, a root's tokens are the prompt."""
+    ids = {node: i for i, node in enumerate(node for root in trees for node in root.walk())}
+    return [dict(step=step, question_id=batch[root.question]["id"], answer=batch[root.question]["answer"], tree=tree,
+                 id=ids[node], parent=ids.get(node.parent), depth=node.depth, tokens=node.tokens, done=node.done,
+                 text=step_text(node, tokenizer), reward=node.reward, advantage=node.advantage, trained=node.trained)
+            for tree, root in enumerate(trees) for node in root.walk()]
 
 def checkpoints(out):
     """Checkpoint folders of a run, oldest first."""
     return sorted((p for p in Path(out).glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
-
 
 def is_whole(folder):
     """Whether every file that save_checkpoint wrote is there with its size."""
@@ -691,13 +630,17 @@ def is_whole(folder):
     except (OSError, ValueError):
         return False
 
+def newest_checkpoint(out):
+    """The newest whole checkpoint folder of a run, None if there is none; damaged ones are named."""
+    for folder in reversed(checkpoints(out)):
+        if is_whole(folder):
+            return folder
+        print(f"{folder} is damaged: a file is missing or has another size than when it was saved", file=sys.stderr)
 
 def save_checkpoint(out, step, model, tokenizer, state, keep):
     """OUT/checkpoint-STEP: a plain Hugging Face folder plus trainer_state.pt, written aside and then renamed, so that a
     kill or a full disk leaves the earlier ones whole. Raises OSError."""
     final, aside = Path(out) / f"checkpoint-{step}", Path(out) / "checkpoint.tmp"
-    if is_whole(final):
-        return
     for folder in (aside, final):  # left by a kill; damaged
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -705,9 +648,6 @@ def save_checkpoint(out, step, model, tokenizer, state, keep):
         tokenizer.save_pretrained(aside)
         torch.save(state, aside / "trainer_state.pt")
         (aside / "manifest.json").write_text(json.dumps({p.name: p.stat().st_size for p in aside.iterdir()}))
-        for p in aside.iterdir():
-            with p.open("rb") as file:
-                os.fsync(file.fileno())
         aside.rename(final)
     except Exception as e:  # torch and safetensors have types of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
@@ -715,310 +655,197 @@ def save_checkpoint(out, step, model, tokenizer, state, keep):
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old.rename(aside))  # renamed first: no half-deleted folder looks like a checkpoint
 
-
-def newest_checkpoint(out):
-    """The newest whole checkpoint folder, or None if the run was stopped before its first. Raises BadInput."""
-    shutil.rmtree(Path(out) / "checkpoint.tmp", ignore_errors=True)
-    for folder in reversed(checkpoints(out)):
-        if is_whole(folder):
-            return folder
-        print(f"{folder} is damaged: a file is missing or changed in size", file=sys.stderr)
-    if checkpoints(out):
-        raise BadInput(f"--resume {out}: no whole checkpoint is left; start again with another --out")
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------ model loading
-
-def load_model(name, device, dtype, grad_checkpointing):
-    """-> (model to train, model to sample from, tokenizer). Under mixed precision the second is a bf16 copy."""
-    if not os.path.isdir(name):
-        use_hub_or_cache()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, attn_implementation="sdpa").to(device)
-    except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: cannot load it ({str(e).splitlines()[0]:.300}). Give a folder with config.json, "
-                       "weights and tokenizer; offline, a hub id works only if it is cached") from e
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"--model {name}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
-    sampler = copy.deepcopy(model) if dtype == "mixed" else model
-    if dtype == "mixed":
-        for p in sampler.parameters():  # not the buffers: rotary frequencies must stay float32
-            p.data = p.data.bfloat16()
-    if grad_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    return model, sampler, tokenizer
-
-
-def make_decoding(model, tokenizer, temperature, max_rows):
-    """Stops on the EOS ids of model, generation config and tokenizer and on the template's end of turn."""
-    stops = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
-    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
-        stops += eos if isinstance(eos, list) else [eos]
-    n_tokens = min(max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[0])
-    return Decoding(tuple(dict.fromkeys(i for i in stops if i is not None)), n_tokens, temperature, max_rows)
-
-
-@torch.no_grad()
-def check_model(model, name, n_tokens):
-    """Refuse, by name, models whose attention, cache or head sampling and packed scoring would get wrong."""
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if kinds or getattr(config, "sliding_window", None) or getattr(model, "_is_stateful", False):
-        raise BadInput(f"--model {name}: model type {config.model_type} is not supported, only full attention with a KV cache")
-    root = Node([0, 1])  # a tiny tree, packed, against the model's own forward on each path
-    root.children = [Node([2, 1, 0], root, advantage=1.0), Node([1, 2], root, advantage=1.0)]
-    packed = token_logps(model.eval(), pack_tensors(pack_nodes([root], 64)[0], model.device), 1.0, n_tokens)
-    paths = [torch.tensor([root.tokens + child.tokens], device=model.device) for child in root.children]
-    logps = [model(p).logits[0, 1:-1, :n_tokens].float().log_softmax(-1).gather(1, p[0, 2:, None])[:, 0] for p in paths]
-    if not torch.allclose(packed, torch.cat(logps), atol=0.1 if model.dtype == torch.bfloat16 else 1e-2):
-        raise BadInput(f"--model {name}: model type {config.model_type} is not supported: packed and plain log-probs differ")
-
-
 # --------------------------------------------------------------------------------------------------------------- main
 
+def above_zero(kind):
+    """An argparse type: a finite number above zero."""
+    def number(text):
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be a positive number")
+        return kind(text)
+    return number
+
 def parse_args(argv):
-    """Command line -> namespace of all flags: those given, else those of the resumed run, else the defaults."""
-    parser = argparse.ArgumentParser(prog="treerpo.py", usage="treerpo.py [flags], see --help", description=__doc__[:104],
-                                     argument_default=argparse.SUPPRESS)
-    defaults, demo_defaults = {}, {}
-    for row in FLAGS:
-        if isinstance(row, str):
-            group = parser.add_argument_group(row)
-            continue
-        name, kind, default, demo, text = row
-        key = name.replace("-", "_")
-        defaults[key], demo_defaults[key] = default, str(demo) if isinstance(demo, Path) else demo
-        if default is not None and kind is not bool:
-            text += f" (default {default}" + (f", demo {getattr(demo, 'name', demo)})" if demo != default else ")")
-        how = dict(action="store_true") if kind is bool else dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
-        group.add_argument("--" + name, help=text, **how, **(dict(nargs="+") if isinstance(default, list) else {}))
-    given, saved = vars(parser.parse_args(argv)), {}
-    if "resume" in given:
+    """Command line -> namespace of all flags: those given, else those of the resumed run, else the table's defaults."""
+    parser = argparse.ArgumentParser(prog="treerpo.py", usage="python treerpo.py [flags]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = dict(count=above_zero(int), counts=above_zero(int), real=above_zero(float), float=float, int=int)
+    hub, demo = {}, {}
+    for line in re.findall(r"^  (--.*)", __doc__, re.M):
+        flag, kind, default, demo_default, _ = re.split(" +", line, maxsplit=4)
+        read, demo_default = kinds.get(kind, str), demo_default.replace("demo/", f"{HERE}/demo/")
+        how = dict(type=read, choices=kind.split("|") if "|" in kind else None, nargs="+" if kind == "counts" else None)
+        name = parser.add_argument(flag, help=argparse.SUPPRESS, **dict(action="store_true") if kind == "flag" else how).dest
+        for table, text in ((hub, default), (demo, default if demo_default == "=" else demo_default)):
+            table[name] = None if text == "-" else [read(t) for t in text.split(",")] if kind == "counts" else read(text)
+    given = parser.parse_args(argv)  # None where a flag is not given
+    defaults, algo = hub if given.model else demo, given.algo or "treerpo"
+    defaults.update(ALGOS[algo], **({} if algo == "treerpo" else DEPTH_1 if given.model else DEMO_DEPTH_1))
+    if given.data:
+        defaults["eval_data"] = None
+    if given.resume:
         try:
-            saved = json.loads((Path(given["resume"]) / "config.json").read_text())
+            defaults = json.loads((Path(given.resume) / "config.json").read_text()) | {"out": given.resume}
         except (OSError, ValueError) as e:
-            parser.error(f"--resume {given['resume']}: there is no run in that folder ({e})")
-        changed = [k for k in given if k not in MAY_CHANGE and given[k] != saved.get(k)]
-        if changed or given.get("steps", saved["steps"]) < saved["steps"]:
-            parser.error(f"--resume: the run has another --{(changed or ['steps'])[0].replace('_', '-')}; leave it out")
-        saved["out"] = given["resume"]
-    algo, demo = given.get("algo", "treerpo"), "model" not in given
-    preset = {} if algo == "treerpo" else DEMO_DEPTH_1 if demo else DEPTH_1
-    no_eval = {"eval_data": None} if "data" in given else {}
-    args = SimpleNamespace(**{**(demo_defaults if demo else defaults), **no_eval, **ALGOS[algo], **preset, **saved, **given})
-    args.template = args.template and str(args.template)
-    for wrong, message in (
-            (len(args.step_len) not in (1, len(args.branching)), "--step-len takes one number, or one for each of --branching"),
-            (args.algo in ("grpo", "gspo") and len(args.branching) > 1, f"--algo {args.algo} is the tree of depth 1: give one "
-             "number to --branching, or take --algo treerpo"),
-            (args.branch_at == "entropy" and len(args.branching) > 1, "--branch-at entropy takes --trees and --leaves instead "
-             "of --branching, and one --step-len, the tokens of a rollout"),
-            (args.branch_at == "entropy" and args.trees > args.leaves, "--trees must be at most --leaves"),
-            (not 0 <= args.min_group_std < math.inf, "--min-group-std must be 0 or more"),
-            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: there is no CUDA GPU; try --device cpu")):
-        if wrong:
-            parser.error(message)
+            raise BadInput(f"--resume {given.resume}: there is no run in that folder ({e})") from e
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    other = [name for name, value in vars(args).items() if given.resume and value != defaults[name]
+             and (name not in MAY_CHANGE or name == "steps" and value < defaults[name])]
+    require(not other, f"--resume {given.resume}: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
+    one_level = args.algo in ("grpo", "gspo") or args.branch_at == "entropy"
+    require(len(args.step_len) in (1, len(args.branching)), "--step-len: give one number, or as many as --branching has")
+    require(not one_level or len(args.branching) == 1, "--branching: grpo, gspo and entropy branching take one number")
+    require(args.trees <= args.leaves, "--trees must be at most --leaves")
+    require(0 <= args.min_group_std < math.inf, "--min-group-std must be 0 or more")
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA GPU; use --device cpu")
     return args
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n, epoch, seed):
-    """The questions' order in this epoch, from the seed alone, so that a resumed run needs no state for it."""
-    return random.Random(f"{seed} {epoch}").sample(range(n), n)
-
 
 def open_run(args):
     """-> (output folder, its newest checkpoint if resumed). Raises BadInput if it is taken or cannot be written."""
     out = Path(args.out or f"runs/{args.algo}-{time.strftime('%Y%m%d-%H%M%S')}")
     while not args.out and out.exists():
-        out = out.with_name(out.name + "b")  # two runs in one second
-    if not args.resume and (out / "config.json").exists():
-        raise BadInput(f"--out {out}: there is a run in it; continue it with --resume {out} or choose another folder")
+        out = out.with_name(out.name + "b")  # a second run in the same second
+    require(args.resume or not (out / "config.json").exists(), f"--out {out}: there is a run in it; continue it with --resume "
+            f"{out} or choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.tmp").write_text(json.dumps({**vars(args), "out": str(out), "resume": None}, indent=1))
+        open(args.dump_trees or os.devnull, "a").close()
     except OSError as e:
-        raise BadInput(f"--out {out}: cannot write there ({e})") from e
-    return out, newest_checkpoint(out) if args.resume else None
+        raise BadInput(f"--out or --dump-trees: cannot write there ({e})") from e
+    resumed = newest_checkpoint(out) if args.resume else None
+    require(resumed or not checkpoints(out), f"--resume {out}: no whole checkpoint is left; start again with another --out")
+    return out, resumed
 
+def batch_of(questions, step, size, seed):
+    """The questions of this step. Each epoch has its own order, from the seed alone, so a resumed run needs no state."""
+    n, places = len(questions), range((step - 1) * size, step * size)
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in places}}
+    return [questions[orders[k // n][k % n]] for k in places]
 
-def tree_rows(trees, batch, step, tokenizer):
-    """Every node as a dict for --dump-trees; ids count through the step, a root's tokens are the prompt."""
-    rows, ids = [], {}
-    for number, root in enumerate(trees):
-        question = batch[root.question]
-        for node in root.walk():
-            ids[node] = len(ids)
-            rows.append(dict(step=step, question_id=question["id"], answer=question["answer"], tree=number, id=ids[node],
-                             parent=ids.get(node.parent), depth=node.depth, tokens=node.tokens,
-                             text=step_text(node, tokenizer), done=node.done, reward=node.reward,
-                             advantage=node.advantage, trained=node.trained))
-    return rows
-
+def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, autocast, args):
+    """The algorithm of the module docstring on one batch of questions -> (metrics, trees)."""
+    start, prompts = time.perf_counter(), [q["prompt"] for q in batch]
+    if args.branch_at == "fixed":                                                                       # 1. grow
+        trees = sample_trees(sampler, prompts, args.branching, step_lens, decoding)
+    else:
+        trees = sample_forests(sampler, prompts, args.leaves, args.trees, step_lens[0], args.entropy_threshold, decoding)
+    grown, leaves = time.perf_counter(), [leaf for root in trees for leaf in root.leaves()]
+    texts, signals = [path_text(leaf, tokenizer) for leaf in leaves], []
+    for leaf, text in zip(leaves, texts):                                                               # 2. verify
+        leaf.reward = reward_fn(text, batch[leaf.path()[0].question]["answer"])
+    verified = time.perf_counter()
+    reward = sum(map(backup_rewards, trees)) / len(trees)                                               # 3. back up
+    for _, forest in groupby(trees, key=lambda root: root.question):                                    # 4. compare
+        forest = list(forest)
+        if args.advantage in ("siblings", "both"):
+            signals += add_sibling_advantages(forest, args.normalizer, args.min_group_std)
+        if args.advantage in ("leaves", "both"):
+            signals += add_leaf_advantages(forest, args.normalizer, args.min_group_std)
+    nodes = [node for root in trees for node in root.walk() if node.parent]
+    weights = unit_weights(nodes, args.level_weight, args.ratio)
+    update = update_policy(model, optimizer, trees, weights, decoding, pack_len=args.pack_len, clip_eps=args.clip_eps,
+                           ratio=args.ratio, updates=args.updates_per_batch, autocast=autocast)         # 5. update
+    copy_weights(model, sampler)
+    end, tokens = time.perf_counter(), sum(len(node.tokens) for node in nodes)
+    return {"reward": reward, "frac_reward_zero_std": 1 - sum(signals) / len(signals),
+            "completions/mean_length": sum(len(step.tokens) for leaf in leaves for step in leaf.path()[1:]) / len(leaves),
+            "completions/clipped_ratio": sum(not leaf.done for leaf in leaves) / len(leaves),
+            "no_answer_ratio": sum(extract_boxed(text) is None for text in texts) / len(leaves),
+            "entropy": math.fsum(h for node in nodes for h in node.entropies) / tokens, **update, "tokens_sampled": tokens,
+            "tok_per_s": tokens / (end - start), "time_sample": grown - start, "time_score": verified - grown,
+            "time_update": end - verified}, trees
 
 def train(args):
-    """Run the algorithm of the module docstring; -> exit status."""
-    questions = load_questions(args.data, args.question_column, args.answer_column)
-    if args.eval_data:
-        held_out = load_questions(args.eval_data, args.question_column, args.answer_column)[:args.eval_questions]
-    else:
-        n = min(args.eval_questions, max(1, len(questions) // 5))
-        questions, held_out = questions[:-n] or questions, questions[-n:]
-        print(f"held out for evaluation: the last {n} questions of {args.data}")
+    """A whole run: load, evaluate, take the steps, log, save. -> exit status."""
+    columns = args.question_column, args.answer_column
+    questions = load_questions(args.data, *columns)
+    held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[:len(questions) // 5 + 1]
+    questions = questions if args.eval_data or len(questions) < 5 else questions[len(held_out):]
     out, resumed = open_run(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype = args.dtype if args.dtype != "auto" else "mixed" if device.type == "cuda" else "float32"
+    on_gpu = device.type == "cuda"
+    dtype = args.dtype if args.dtype != "auto" else "mixed" if on_gpu else "float32"
     model, sampler, tokenizer = load_model(str(resumed or args.model), device, dtype, args.grad_checkpointing)
     decoding = make_decoding(model, tokenizer, args.temperature, args.max_rows)
-    check_model(model, args.model, decoding.n_tokens)
-    template = load_template(args.template, tokenizer)
     step_lens = args.step_len if len(args.step_len) > 1 else args.step_len * len(args.branching)
-    context, budget = getattr(model.config, "max_position_embeddings", 1 << 30), sum(step_lens)
-    questions = fit_context(questions, args.data, template, tokenizer, budget, context)
-    held_out = fit_context(held_out, "held-out questions", template, tokenizer, budget, context)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=device.type == "cuda")
+    fit = load_template(args.template, tokenizer), tokenizer, sum(step_lens), model.config.max_position_embeddings
+    questions = fit_context(questions, args.data, *fit)
+    held_out = fit_context(held_out[:args.eval_questions], "held-out questions", *fit)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if dtype == "mixed" else nullcontext
     torch.manual_seed(args.seed)
-    done, tokens_sampled, questions_seen, bad_steps, accuracy = 0, 0, 0, 0, math.nan
-    metrics_file = out / "metrics.jsonl"
+    done, tokens_sampled, bad_steps, accuracy, interrupts = -1, 0, 0, math.nan, []
     if resumed:
         state = torch.load(resumed / "trainer_state.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and device.type == "cuda":
+        if on_gpu:
             torch.cuda.set_rng_state(state["cuda_rng"])
-        done, tokens_sampled, questions_seen, bad_steps, accuracy = state["counters"]
-    print(f"resuming {out} after step {done}" if args.resume else f"output: {out}")
-    for path in (metrics_file, args.dump_trees):
-        drop_later_steps(path, done if resumed else -1)
+        done, tokens_sampled, bad_steps = state["counts"]
+    for path in filter(None, (out / "metrics.jsonl", args.dump_trees)):
+        drop_later_steps(path, done)
     (out / "config.tmp").rename(out / "config.json")
 
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def save():
-        cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
-        counters = [done, tokens_sampled, questions_seen, bad_steps, accuracy]
-        state = dict(optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), cuda_rng=cuda_rng, counters=counters)
-        save_checkpoint(out, done, model, tokenizer, state, args.keep)
-
-    def held_out_accuracy():
-        return evaluate(sampler, tokenizer, held_out, args.eval_samples, budget, decoding, args.seed)
-
-    interrupted = []
-
     def on_interrupt(signum, frame):
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted.append(signum)
-        tqdm.write("interrupted: finishing this step, then saving; press again to stop at once", file=sys.stderr)
+        interrupts.append(signal.signal(signum, signal.default_int_handler))
+        print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
     signal.signal(signal.SIGINT, on_interrupt)
-
-    if not resumed:
-        row = held_out_accuracy()
-        accuracy = row["eval/accuracy"]
-        append_jsonl(metrics_file, [dict(step=0, **row)])
-        print(f"step 0: held-out accuracy {accuracy:.3f} sampled, {row['eval/greedy_accuracy']:.3f} greedy")
-    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc=args.algo, unit="step")
-    for step in bar:
-        n, size = len(questions), args.questions_per_step
-        batch = [dict(questions[epoch_order(n, k // n, args.seed)[k % n]]) for k in range((step - 1) * size, step * size)]
-        prompts = [q["prompt"] for q in batch]
-
-        t0 = clock()  # 1. grow
-        if args.branch_at == "fixed":
-            trees = sample_trees(sampler, prompts, args.branching, step_lens, decoding)
-        else:
-            trees = sample_forests(sampler, prompts, args.leaves, args.trees, budget, args.entropy_threshold, decoding)
-        t1 = clock()  # 2. verify
-        leaves = [leaf for root in trees for leaf in root.leaves()]
-        texts = [path_text(leaf, tokenizer) for leaf in leaves]
-        for leaf, text in zip(leaves, texts):
-            leaf.reward = reward_fn(text, batch[leaf.path()[0].question]["answer"])
-        t2 = clock()  # 3. back up   4. compare
-        for root in trees:
-            backup_rewards(root)
-        signals = []
-        for forest in (list(g) for _, g in groupby(trees, key=lambda root: root.question)):
-            if args.advantage in ("siblings", "both"):
-                signals += add_sibling_advantages(forest, args.normalizer, args.min_group_std)
-            if args.advantage in ("leaves", "both"):
-                signals += add_leaf_advantages(forest, args.normalizer, args.min_group_std)
-        nodes = [node for root in trees for node in root.walk() if node.parent]
-        for group in optimizer.param_groups:  # 5. update
-            group["lr"] = args.lr * min(1.0, step / 5)
-        update = update_policy(model, optimizer, trees, unit_weights(nodes, args.level_weight, args.ratio), decoding,
-                               pack_len=args.pack_len, clip_eps=args.clip_eps, ratio=args.ratio,
-                               updates=args.updates_per_batch, autocast=autocast)
-        copy_weights(model, sampler)
-        t3 = clock()
-
-        sampled = sum(len(node.tokens) for node in nodes)
-        done, tokens_sampled, questions_seen = step, tokens_sampled + sampled, questions_seen + size
-        bad_steps = bad_steps + 1 if update["skipped"] else 0
-        row = {
-            "step": step, "reward": sum(root.reward for root in trees) / len(trees),
-            "frac_reward_zero_std": 1 - sum(signals) / len(signals),
-            "completions/mean_length": sum(len(n.tokens) for leaf in leaves for n in leaf.path()[1:]) / len(leaves),
-            "completions/clipped_ratio": sum(not leaf.done for leaf in leaves) / len(leaves),
-            "no_answer_ratio": sum(extract_boxed(text) is None for text in texts) / len(leaves),
-            "entropy": math.fsum(h for node in nodes for h in node.entropies) / sampled, **update,
-            "lr": optimizer.param_groups[0]["lr"], "tokens_sampled": tokens_sampled, "questions_seen": questions_seen,
-            "tok_per_s": sampled / (t3 - t0), "time_sample": t1 - t0, "time_score": t2 - t1, "time_update": t3 - t2,
-            "peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)}
-        if update["skipped"]:
-            row["skipped_questions"] = [q["id"] for q in batch]
+    print(f"{out}: {f'continuing after step {done}' if resumed else 'a new run'} on {len(questions)} questions")
+    for step in (bar := tqdm(range(done + 1, args.steps + 1), desc=args.algo)):
+        row, line = {"step": step}, f"step {step}"
+        if step:  # step 0 is the evaluation before training
+            batch = batch_of(questions, step, args.questions_per_step, args.seed)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 5)
+            metrics, trees = train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, autocast, args)
+            tokens_sampled += metrics["tokens_sampled"]
+            bad_steps = bad_steps + 1 if metrics["skipped"] else 0
+            memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024)
+            row.update(metrics, lr=optimizer.param_groups[0]["lr"], tokens_sampled=tokens_sampled,
+                       questions_seen=step * len(batch), peak_mem_gb=memory / 1e9)
+            if metrics["skipped"]:
+                row["skipped_questions"] = [q["id"] for q in batch]
+            if args.dump_trees:
+                append_jsonl(args.dump_trees, tree_rows(trees, batch, step, tokenizer))
+            if args.print_tree:
+                tqdm.write(render_tree(trees[0], tokenizer))
+            line += (f": reward {row['reward']:.3f}, groups without signal {row['frac_reward_zero_std']:.0%}, length "
+                     f"{row['completions/mean_length']:.0f}, cut {row['completions/clipped_ratio']:.0%}"
+                     f"{', SKIPPED: loss or gradient not finite' * metrics['skipped']}, {row['tok_per_s']:.0f} tokens/s")
         if step % args.eval_every == 0 or step == args.steps:
-            row.update(held_out_accuracy())
+            row.update(evaluate(sampler, tokenizer, held_out, args.eval_samples, sum(step_lens), decoding, args.seed))
             accuracy = row["eval/accuracy"]
-        append_jsonl(metrics_file, [row])
-        if args.dump_trees:
-            append_jsonl(args.dump_trees, tree_rows(trees, batch, step, tokenizer))
-        if args.print_tree:
-            tqdm.write(render_tree(trees[0], tokenizer))
-        tqdm.write(f"step {step}: reward {row['reward']:.3f}, groups without signal {row['frac_reward_zero_std']:.0%}, length "
-                   f"{row['completions/mean_length']:.0f}, cut {row['completions/clipped_ratio']:.0%}, grad norm "
-                   f"{row['grad_norm']:.2f}, {row['tok_per_s']:.0f} tokens/s, held-out {accuracy:.3f}")
-        bar.set_postfix(reward=f"{row['reward']:.3f}", held_out=f"{accuracy:.3f}", tok_per_s=f"{row['tok_per_s']:.0f}")
-        if step % args.save_every == 0 or step == args.steps or interrupted or bad_steps == 3:
-            save()
+            line += f", held-out {accuracy:.3f} (greedy {row['eval/greedy_accuracy']:.3f})"
+        append_jsonl(out / "metrics.jsonl", [row])
+        tqdm.write(line)
+        bar.set_postfix_str(f"reward {row.get('reward', math.nan):.3f}, held-out {accuracy:.3f}")
+        if step and (step % args.save_every == 0 or step == args.steps or interrupts or bad_steps == 3):
+            state = dict(optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), counts=[step, tokens_sampled, bad_steps],
+                         cuda_rng=torch.cuda.get_rng_state() if on_gpu else None)
+            save_checkpoint(out, step, model, tokenizer, state, args.keep)
         if bad_steps == 3:
-            raise FloatingPointError("three steps in a row had a loss or gradient that is not finite; the weights are those "
-                                     f"before them, saved in {out}. Lower --lr, or try --dtype float32")
-        if interrupted:
-            print(f"saved; continue with: python treerpo.py --resume {out}")
+            raise FloatingPointError(f"three steps in a row were not finite; {out} holds the weights before them. Lower --lr")
+        if interrupts:
+            print(f"stopped after step {step}; continue with: python treerpo.py --resume {out}")
             return 130
     return 0
 
-
 def main(argv=None):
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         return train(args)
     except BadInput as e:
         print(f"treerpo.py: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except (OSError, FloatingPointError) as e:
-        print(f"treerpo.py: stopped: {e}", file=sys.stderr)
-        return 1
     except (RuntimeError, MemoryError) as e:
-        if "memory" not in f"{type(e).__name__} {e}".lower():
-            raise
-        print(f"treerpo.py: out of memory ({str(e).splitlines()[0]}). Lower --max-rows (now {args.max_rows}) if it happened "
-              f"while sampling, --pack-len (now {args.pack_len}) or set --grad-checkpointing if it happened in the update; "
-              "then continue with --resume", file=sys.stderr)
-        return 1
-
+        if "memory" in f"{type(e).__name__} {e}".lower():
+            e.add_note(f"Out of memory: lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or add "
+                       "--grad-checkpointing; then continue from the last checkpoint with --resume")
+        raise
 
 if __name__ == "__main__":
     sys.exit(main())
