@@ -85,7 +85,6 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import groupby
@@ -142,11 +141,10 @@ def use_hub_or_cache():
 
 def read_rows(source):
     """A .jsonl, .json or .parquet file or a hub data set ID[:CONFIG[:SPLIT]] -> list of rows. Raises BadInput."""
-    suffix, rows, line = Path(source).suffix, [], 0
+    suffix, line = Path(source).suffix, 0
     try:
         if suffix == ".jsonl":
-            for line, text in enumerate(open(source, "rb"), 1):
-                rows.append(json.loads(text))
+            rows = [json.loads(text) for text in open(source, "rb") if (line := line + 1)]
         elif suffix == ".json":
             rows = json.loads(Path(source).read_bytes())
         elif suffix == ".parquet":
@@ -534,7 +532,7 @@ def update_policy(model, optimizer, trees, weights, decoding, *, pack_len, clip_
             row, scored = pack_tensors(pack, model.device), [node for node in pack if pack[node]]
             advantages = torch.tensor([node.advantage for node in scored], device=model.device)
             weight = torch.tensor([weights[node.depth] for node in scored], device=model.device)
-            with autocast():
+            with autocast:
                 logps = token_logps(model, row, decoding.temperature, decoding.n_tokens)
             old = old_logps.setdefault(k, logps.detach())
             loss, n_clipped, n = policy_loss(logps, old, row.segments, advantages, weight, clip_eps, ratio)
@@ -555,38 +553,47 @@ def copy_weights(source, target):
         for p, q in zip(target.parameters(), source.parameters()):
             p.data.copy_(q.data)
 
+def grade(trees, questions, tokenizer):
+    """Fill the reward of every leaf by the verifier. -> (leaves, their texts)."""
+    leaves = [leaf for root in trees for leaf in root.leaves()]
+    texts = [path_text(leaf, tokenizer) for leaf in leaves]
+    for leaf, text in zip(leaves, texts):
+        leaf.reward = reward_fn(text, questions[leaf.path()[0].question]["answer"])
+    return leaves, texts
+
 def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
     """Held-out accuracy, avg@samples at temperature 1 and greedy, on a random stream of its own."""
-    prompts, accuracy = [q["prompt"] for q in questions], {}
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    accuracy = {}
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, width, temperature in (("eval/accuracy", samples, 1.0), ("eval/greedy_accuracy", 1, 0.0)):
-            roots = sample_trees(model, prompts, [width], [budget], replace(decoding, temperature=temperature))
-            rewards = [reward_fn(path_text(leaf, tokenizer), questions[root.question]["answer"])
-                       for root in roots for leaf in root.leaves()]
-            accuracy[name] = sum(rewards) / len(rewards)
+            prompts, how = [q["prompt"] for q in questions], replace(decoding, temperature=temperature)
+            leaves, _ = grade(sample_trees(model, prompts, [width], [budget], how), questions, tokenizer)
+            accuracy[name] = sum(leaf.reward for leaf in leaves) / len(leaves)
     return accuracy
 
 # ------------------------------------------------------------------------------------------ model, checkpoint and log
 
-def load_model(name, device, dtype, grad_checkpointing):
+def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
     """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
     if not os.path.isdir(name):
         use_hub_or_cache()
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=weights, attn_implementation="sdpa").to(device)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=weights, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}). Give a folder with config.json, weights and tokenizer; "
-                       "a hub id needs the hub or its local cache") from e
+        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config.json, weights and tokenizer, or "
+                       "a hub id that is reachable or in the local cache") from e
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
-    require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported; tested are "
-            "qwen2, qwen3 and llama with full attention in every layer")
-    require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no EOS; set eos_token in tokenizer_config.json")
-    sampler = copy.deepcopy(model) if dtype == "mixed" else model
-    for p in sampler.parameters() if dtype == "mixed" else ():  # not the buffers: rotary frequencies stay float32
-        p.data = p.data.bfloat16()
+    require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only qwen2, "
+            "qwen3 and llama models with full attention in every layer are tested")
+    require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS token; set eos_token in its tokenizer_config.json")
+    model = sampler = model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if dtype == "mixed" or dtype == "auto" and model.device.type == "cuda":
+        sampler = copy.deepcopy(model)
+        for p in sampler.parameters():  # not the buffers: rotary frequencies stay float32
+            p.data = p.data.bfloat16()
     if grad_checkpointing:  # renamed in transformers 5.23
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, sampler, tokenizer
@@ -596,8 +603,8 @@ def make_decoding(model, tokenizer, temperature, max_rows):
     vocabulary, stops = tokenizer.get_vocab(), []
     for eos in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
         stops += eos if isinstance(eos, list) else [eos]
-    eos_ids = {*stops, vocabulary.get("<|im_end|>")} - {None}
-    return Decoding(tuple(sorted(eos_ids)), min(max(vocabulary.values()) + 1, model.config.vocab_size), temperature, max_rows)
+    eos_ids = tuple(sorted({*stops, vocabulary.get("<|im_end|>")} - {None}))
+    return Decoding(eos_ids, min(max(vocabulary.values()) + 1, model.config.vocab_size), temperature, max_rows)
 
 def append_jsonl(path, rows):
     with open(path, "a", encoding="utf-8") as file:
@@ -724,29 +731,28 @@ def batch_of(questions, step, size, seed):
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in places}}
     return [questions[orders[k // n][k % n]] for k in places]
 
-def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, autocast, args):
+def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, args):
     """The algorithm of the module docstring on one batch of questions -> (metrics, trees)."""
     start, prompts = time.perf_counter(), [q["prompt"] for q in batch]
-    if args.branch_at == "fixed":                                                                       # 1. grow
+    if args.branch_at == "fixed":                                                                         # 1. grow
         trees = sample_trees(sampler, prompts, args.branching, step_lens, decoding)
     else:
         trees = sample_forests(sampler, prompts, args.leaves, args.trees, step_lens[0], args.entropy_threshold, decoding)
-    grown, leaves = time.perf_counter(), [leaf for root in trees for leaf in root.leaves()]
-    texts, signals = [path_text(leaf, tokenizer) for leaf in leaves], []
-    for leaf, text in zip(leaves, texts):                                                               # 2. verify
-        leaf.reward = reward_fn(text, batch[leaf.path()[0].question]["answer"])
+    grown, signals = time.perf_counter(), []
+    leaves, texts = grade(trees, batch, tokenizer)                                                        # 2. verify
     verified = time.perf_counter()
-    reward = sum(map(backup_rewards, trees)) / len(trees)                                               # 3. back up
-    for _, forest in groupby(trees, key=lambda root: root.question):                                    # 4. compare
+    reward = sum(map(backup_rewards, trees)) / len(trees)                                                 # 3. back up
+    for _, forest in groupby(trees, key=lambda root: root.question):                                      # 4. compare
         forest = list(forest)
         if args.advantage in ("siblings", "both"):
             signals += add_sibling_advantages(forest, args.normalizer, args.min_group_std)
         if args.advantage in ("leaves", "both"):
             signals += add_leaf_advantages(forest, args.normalizer, args.min_group_std)
     nodes = [node for root in trees for node in root.walk() if node.parent]
-    weights = unit_weights(nodes, args.level_weight, args.ratio)
-    update = update_policy(model, optimizer, trees, weights, decoding, pack_len=args.pack_len, clip_eps=args.clip_eps,
-                           ratio=args.ratio, updates=args.updates_per_batch, autocast=autocast)         # 5. update
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=sampler is not model)
+    update = update_policy(model, optimizer, trees, unit_weights(nodes, args.level_weight, args.ratio), decoding,
+                           pack_len=args.pack_len, clip_eps=args.clip_eps, ratio=args.ratio,
+                           updates=args.updates_per_batch, autocast=autocast)                             # 5. update
     copy_weights(model, sampler)
     end, tokens = time.perf_counter(), sum(len(node.tokens) for node in nodes)
     return {"reward": reward, "frac_reward_zero_std": 1 - sum(signals) / len(signals),
@@ -764,25 +770,20 @@ def train(args):
     held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[:len(questions) // 5 + 1]
     questions = questions if args.eval_data or len(questions) < 5 else questions[len(held_out):]
     out, resumed = open_run(args)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    dtype = args.dtype if args.dtype != "auto" else "mixed" if on_gpu else "float32"
-    model, sampler, tokenizer = load_model(str(resumed or args.model), device, dtype, args.grad_checkpointing)
+    model, sampler, tokenizer = load_model(str(resumed or args.model), args.device, args.dtype, args.grad_checkpointing)
     decoding = make_decoding(model, tokenizer, args.temperature, args.max_rows)
     step_lens = args.step_len if len(args.step_len) > 1 else args.step_len * len(args.branching)
     fit = load_template(args.template, tokenizer), tokenizer, sum(step_lens), model.config.max_position_embeddings
     questions = fit_context(questions, args.data, *fit)
     held_out = fit_context(held_out[:args.eval_questions], "held-out questions", *fit)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if dtype == "mixed" else nullcontext
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     torch.manual_seed(args.seed)
     done, tokens_sampled, bad_steps, accuracy, interrupts = -1, 0, 0, math.nan, []
     if resumed:
         state = torch.load(resumed / "trainer_state.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if on_gpu:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
         done, tokens_sampled, bad_steps = state["counts"]
     for path in filter(None, (out / "metrics.jsonl", args.dump_trees)):
         drop_later_steps(path, done)
@@ -797,14 +798,12 @@ def train(args):
         row, line = {"step": step}, f"step {step}"
         if step:  # step 0 is the evaluation before training
             batch = batch_of(questions, step, args.questions_per_step, args.seed)
-            optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 5)
-            metrics, trees = train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, autocast, args)
+            optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / 5)
+            metrics, trees = train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, args)
             tokens_sampled += metrics["tokens_sampled"]
             bad_steps = bad_steps + 1 if metrics["skipped"] else 0
-            memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024)
-            row.update(metrics, lr=optimizer.param_groups[0]["lr"], tokens_sampled=tokens_sampled,
-                       questions_seen=step * len(batch), peak_mem_gb=memory / 1e9)
+            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            row.update(metrics, lr=lr, tokens_sampled=tokens_sampled, questions_seen=step * len(batch), peak_mem_gb=memory / 1e9)
             if metrics["skipped"]:
                 row["skipped_questions"] = [q["id"] for q in batch]
             if args.dump_trees:
@@ -822,8 +821,8 @@ def train(args):
         tqdm.write(line)
         bar.set_postfix_str(f"reward {row.get('reward', math.nan):.3f}, held-out {accuracy:.3f}")
         if step and (step % args.save_every == 0 or step == args.steps or interrupts or bad_steps == 3):
-            state = dict(optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), counts=[step, tokens_sampled, bad_steps],
-                         cuda_rng=torch.cuda.get_rng_state() if on_gpu else None)
+            state = dict(optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
+                         counts=[step, tokens_sampled, bad_steps])
             save_checkpoint(out, step, model, tokenizer, state, args.keep)
         if bad_steps == 3:
             raise FloatingPointError(f"three steps in a row were not finite; {out} holds the weights before them. Lower --lr")
