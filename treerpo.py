@@ -28,7 +28,7 @@ Flags: type, default, default of the bundled demo (= the same, - none), meaning.
 model and data
   --model               str    -  demo/model  folder or hub id; without it the bundled model and all demo defaults
   --data                str    nlile/hendrycks-MATH-benchmark  demo/train.jsonl  file or hub ID[:CONFIG[:SPLIT]]
-  --eval-data           str    HuggingFaceH4/MATH-500::test  demo/test.jsonl  with --data alone: a fifth of that, held out
+  --eval-data           str    HuggingFaceH4/MATH-500::test  demo/test.jsonl  held out; with --data alone: a fifth of it
   --question-column     str    -  =  column of the question, if not found by its usual names
   --answer-column       str    -  =  column of the answer, if not found by its usual names
   --template            str    -  =  qwen-math (if the tokenizer knows <|im_end|>), none (else), chat, or a text file
@@ -122,7 +122,7 @@ def load_template(name, tokenizer):
     name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
     known = {"qwen-math": QWEN_MATH, "none": "{question}", **({"chat": "chat"} if tokenizer.chat_template else {})}
     text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
-    require(text == "chat" or "{question}" in text, f"--template {name}: give {', '.join(known)} or a file with {{question}}")
+    require(text == "chat" or "{question}" in text, f"--template {name}: not {'/'.join(known)} or a file with {{question}}")
     return text
 
 def build_prompt(question, template, tokenizer):
@@ -154,20 +154,20 @@ def read_rows(source):
             name, config, split = (source.split(":") + ["", ""])[:3]
             rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as e:  # a dozen unrelated types say "not there", "not reachable" or "not readable"
-        raise BadInput(f"cannot read {source}{f' line {line}' if line else ''} ({type(e).__name__}: {e!s:.200}); give a .jsonl, "
-                       ".json or .parquet file, or a hub id that is reachable or in the local cache") from e
-    require(isinstance(rows, (list, datasets.Dataset)) and len(rows), f"{source}: it must hold a list of objects, not empty")
+        raise BadInput(f"cannot read {source}{f' line {line}' if line else ''} ({type(e).__name__}: {e!s:.200}); give "
+                       "a .jsonl, .json or .parquet file, or a hub id that is reachable or in the local cache") from e
+    require(isinstance(rows, (list, datasets.Dataset)) and len(rows), f"{source}: it must hold a list of objects")
     return rows
 
 def pick(row, place, wanted, usual):
     """The row's value in the wanted column, else in the first usual one it has, in whatever case. Raises BadInput."""
     columns = {str(name).lower(): name for name in row} if isinstance(row, dict) else {}
     found = [name for name in ([wanted.lower()] if wanted else usual) if name in columns]
-    require(found, f"{place}: no {wanted or '/'.join(usual)} among its columns {[*columns]}; name it with --{usual[0]}-column")
+    require(found, f"{place}: no {wanted or '/'.join(usual)} in columns {[*columns]}; name it by --{usual[0]}-column")
     return row[columns[found[0]]]
 
 def load_questions(source, question_column=None, answer_column=None):
-    """-> [{"id": row number from 0, "question": str, "answer": str, number or list of accepted ones}]. Raises BadInput."""
+    """-> [{"id": row number from 0, "question": str, "answer": str, number or list}]. Raises BadInput."""
     questions = []
     for number, row in enumerate(read_rows(source)):
         place = f"{source} row {number + 1}"
@@ -177,8 +177,8 @@ def load_questions(source, question_column=None, answer_column=None):
             answer = answer.rsplit("####", 1)[1].strip()
         golds = answer if isinstance(answer, list) and answer else [answer]
         readable = all(type(gold) in (str, int, float) and str(gold).strip() for gold in golds)
-        require(isinstance(question, str) and question.strip(), f"{place}: the question must be text, not {question!r:.80}")
-        require(readable, f"{place}: the answer must be text or a number and not empty, not {answer!r:.80}")
+        require(isinstance(question, str) and question.strip(), f"{place}: the question must be text: {question!r:.80}")
+        require(readable, f"{place}: the answer must be text or a number and not empty: {answer!r:.80}")
         questions.append({"id": number, "question": question, "answer": answer})
     return questions
 
@@ -247,7 +247,7 @@ def step_text(node, tokenizer):
     return path_text(node, tokenizer)[len(path_text(node.parent, tokenizer)):] if node.parent else ""
 
 def render_tree(node, tokenizer, indent=""):
-    """Indented lines of reward, advantage, text; control characters escaped, so that the terminal obeys none of them."""
+    """Indented lines of reward, advantage, text; control characters escaped, so that a terminal obeys none."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in step_text(node, tokenizer))
     lines = [f"{indent}{node.reward:.2f} {node.advantage:+.2f} | {text}"]
     return "\n".join(lines + [render_tree(child, tokenizer, indent + "    ") for child in node.children])
@@ -274,10 +274,8 @@ class OnPolicy(LogitsProcessor):
         return scores
 
 def prefill(model, sequences, pad_id):
-    """[R] token lists -> state: (ids [R, T] left-padded, mask [R, T], KV cache of the first T - 1 positions).
-
-    The last token stays out: `generate` feeds it itself, and given a cache of all T it would feed the whole prompt again.
-    """
+    """R token lists -> state: (ids [R, T] left-padded, mask [R, T], KV cache of the first T - 1 positions). The last
+    token stays out: `generate` feeds it itself; given a cache of all T it would feed the whole prompt again."""
     model.eval()  # in train mode, gradient checkpointing drops the cache without a word
     length = max(map(len, sequences))
     ids = torch.tensor([[pad_id] * (length - len(s)) + s for s in sequences], device=model.device)
@@ -298,8 +296,9 @@ def generate_step(model, state, max_new_tokens, decoding):
     """Continue every row by one step with HF generate. -> ([R] (tokens, done, entropies), state after the step)."""
     ids, mask, cache = state
     # a clean config on the model too: what is unset here would come from the checkpoint's own (penalties, top_k, ...)
+    eos = [*decoding.eos_ids]
     clean = GenerationConfig(do_sample=decoding.temperature > 0, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
-                             max_new_tokens=max_new_tokens, eos_token_id=[*decoding.eos_ids], pad_token_id=decoding.eos_ids[0])
+                             max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos[0])
     policy, (original, model.generation_config) = OnPolicy(decoding), (model.generation_config, clean)
     try:
         out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=clean,
@@ -307,7 +306,7 @@ def generate_step(model, state, max_new_tokens, decoding):
     finally:
         model.generation_config = original
     new = out[:, ids.shape[1]:]
-    ended = torch.isin(new, torch.tensor(decoding.eos_ids, device=new.device))
+    ended = torch.isin(new, torch.tensor(eos, device=new.device))
     done = ended.any(1)
     lengths = torch.where(done, ended.int().argmax(1) + 1, new.shape[1])  # behind its first EOS a row is padding
     columns = (new, lengths, done, torch.stack(policy.entropies, 1))
@@ -315,10 +314,8 @@ def generate_step(model, state, max_new_tokens, decoding):
     return steps, (out, torch.cat([mask, torch.ones_like(new)], 1), cache)
 
 def grow(model, nodes, rows, state, branching, step_lens, decoding):
-    """Give every node its children, level by level; nodes[i] lives in row rows[i] of state. Fills node.children.
-
-    A frontier wider than max_rows is walked depth-first in chunks: the same distribution in less memory.
-    """
+    """Give every node its children, level by level; nodes[i] lives in row rows[i] of state. A frontier wider than
+    max_rows is walked depth-first in chunks: the same distribution in less memory."""
     wanted = [i for i in range(len(nodes)) for _ in range(branching[0])]
     for start in range(0, len(wanted), decoding.max_rows):
         chunk = wanted[start:start + decoding.max_rows]
@@ -332,10 +329,8 @@ def grow(model, nodes, rows, state, branching, step_lens, decoding):
 
 @torch.no_grad()
 def sample_trees(model, prompts, branching, step_lens, decoding):
-    """TreeRPO's sampler: one tree per prompt, branching[d] children of step_lens[d] tokens below each live node.
-
-    prompts: token id lists; branching, step_lens: one entry a level. -> roots, in the order of the prompts.
-    """
+    """TreeRPO's sampler: one tree per prompt (a list of ids), branching[d] children of up to step_lens[d] tokens below
+    each live node of depth d. -> roots, in the order of the prompts."""
     roots = [Node(list(prompt), question=i) for i, prompt in enumerate(prompts)]
     by_length, width = sorted(roots, key=lambda root: len(root.tokens)), max(1, decoding.max_rows // branching[0])
     for start in range(0, len(roots), width):  # prompts of about one length together: little padding
@@ -353,15 +348,13 @@ def split_step(node, t):
 
 @torch.no_grad()
 def sample_forests(model, prompts, leaves, trees, budget, threshold, decoding):
-    """TreeAdv's sampler: `trees` first rollouts a prompt, then forks where they were uncertain; `leaves` rollouts in all.
-
-    Forks: the leaves - trees positions of highest entropy above threshold (nats), one round of them [ours]; where there
-    are fewer, fresh rollouts fill up. budget: tokens of a rollout. -> roots, each tree its own, grouped by prompt.
-    """
+    """TreeAdv's sampler: `trees` first rollouts a prompt, then forks where they were uncertain; `leaves` rollouts in
+    all, of up to `budget` tokens. Forks: the positions of highest entropy above threshold (nats), one round of them
+    [ours]; where there are too few, fresh rollouts fill up. -> roots, one a tree, grouped by prompt."""
     roots, empty = [], []  # empty: (node to fill, the tokens it may take)
     for first in sample_trees(model, prompts, [trees], [budget], decoding):
-        spots = [(h, k, t) for k, step in enumerate(first.children) for t, h in enumerate(step.entropies) if h > threshold]
-        spots = sorted(spots, reverse=True)[:leaves - trees]
+        spots = [(h, k, t) for k, step in enumerate(first.children) for t, h in enumerate(step.entropies)]
+        spots = sorted((spot for spot in spots if spot[0] > threshold), reverse=True)[:leaves - trees]
         forest = [Node(first.tokens, question=first.question) for _ in range(leaves - len(spots))]
         for root, rollout in zip(forest, first.children):
             root.children, rollout.parent = [rollout], root
@@ -385,8 +378,8 @@ def sample_forests(model, prompts, leaves, trees, budget, threshold, decoding):
 # -------------------------------------------------------------------------------------------------------- reward backup
 
 def backup_rewards(node):
-    """Fill node.reward from the leaves up, return it. A leaf keeps its own; an inner node takes the mean of its children's
-    (section 3 [summary]), which is not the mean of its leaves where a branch ended early."""
+    """Fill node.reward from the leaves up, return it. A leaf keeps its own; an inner node takes the mean of its
+    children's (the paper's rule), which is not the mean of its leaves where a branch ended early."""
     if node.children:
         node.reward = sum(backup_rewards(child) for child in node.children) / len(node.children)
     return node.reward
@@ -394,21 +387,20 @@ def backup_rewards(node):
 # ---------------------------------------------------------------------------------------- step-level groups, advantages
 
 def group_relative_advantages(rewards, normalizer):
-    """Rewards [n] of one group -> advantages [n], float64, sum 0; all 0 if the rewards have no spread.
-
-    bernoulli: (r - mu) / sqrt(mu (1 - mu)), for r in [0, 1]; ours: it is std for 0/1 rewards and keeps near-ties small
-    std: (r - mu) / population std        none: r - mu
-    """
+    """Rewards [n] of one group -> advantages [n], float64, sum 0; all 0 if the rewards have no spread. std: (r - mu) /
+    population std; none: r - mu; bernoulli, r in [0, 1]: (r - mu) / sqrt(mu (1 - mu)) [ours: std for 0/1 rewards, but
+    near-ties stay small]."""
     rewards = rewards.double()
     mu = rewards.mean()
     if rewards.max() - rewards.min() < 1e-9:  # equal but for rounding
         return torch.zeros_like(rewards)
     if normalizer == "bernoulli" and (rewards.min() < 0 or rewards.max() > 1):
         raise ValueError("the bernoulli normaliser needs rewards in [0, 1]")
-    return (rewards - mu) / {"bernoulli": (mu * (1 - mu)).sqrt(), "std": rewards.std(correction=0), "none": 1.0}[normalizer]
+    scales = {"bernoulli": (mu * (1 - mu)).sqrt(), "std": rewards.std(correction=0), "none": 1.0}
+    return (rewards - mu) / scales[normalizer]
 
 def compare(nodes, normalizer, min_group_std):
-    """Advantages of the nodes of one group, a list; zeros if the rewards' population std is at most min_group_std [ours]."""
+    """Advantages of the nodes of one group; zeros if the rewards' population std is at most min_group_std [ours]."""
     rewards = torch.tensor([node.reward for node in nodes], dtype=torch.float64)
     pruned = rewards.std(correction=0) <= min_group_std
     return [0.0] * len(nodes) if pruned else group_relative_advantages(rewards, normalizer).tolist()
@@ -424,7 +416,7 @@ def add_sibling_advantages(forest, normalizer, min_group_std=0.0):
     return signals
 
 def add_leaf_advantages(forest, normalizer, min_group_std=0.0):
-    """TreeAdv: compare all leaves of a question; node.advantage += the mean over the leaves below it (plain mean: ours)."""
+    """TreeAdv: compare all leaves of a question; node.advantage += the plain mean [ours] over the leaves below it."""
     leaves = [leaf for root in forest for leaf in root.leaves()]
     own = dict(zip(leaves, compare(leaves, normalizer, min_group_std)))
     for node in (node for root in forest for node in root.walk() if node.parent):
@@ -433,7 +425,7 @@ def add_leaf_advantages(forest, normalizer, min_group_std=0.0):
     return [any(own.values())]
 
 def unit_weights(nodes, level_weight, ratio):
-    """{depth: loss weight of a unit there}; a unit is a token, or a whole step under sequence ratios. The weights of all
+    """{depth: loss weight of a unit there}; a unit is a token, or a step under sequence ratios. The weights of all
     sampled units, trained or not, sum to 1, so that pruning, packs and micro-batches do not change the gradient.
     tokens: every unit alike. levels: every depth alike in sum [ours]."""
     units = Counter()
@@ -444,11 +436,9 @@ def unit_weights(nodes, level_weight, ratio):
 # -------------------------------------------------------------------------------------------- packed log-probs and loss
 
 def pack_nodes(roots, pack_len):
-    """Put every trained node into a pack once, behind its ancestors. -> list of packs {node: is it scored here?}.
-
-    A pack holds at most pack_len tokens, unless one path alone is longer. Depth-first order keeps siblings together, so
-    that an ancestor is seldom computed again; where it is, it is context only.
-    """
+    """Put every trained node into a pack once, behind its ancestors. -> packs, each {node: is it scored here?}. A pack
+    holds at most pack_len tokens, unless one path is longer. Depth-first order keeps siblings together, so that an
+    ancestor is seldom computed again; where it is, it is context only."""
     packs, size = [], math.inf
     for node in (node for root in roots for node in root.walk() if node.trained):
         missing = [step for step in node.path() if not packs or step not in packs[-1]]
@@ -461,11 +451,9 @@ def pack_nodes(roots, pack_len):
     return packs
 
 def pack_tensors(pack, device):
-    """A pack -> one row of T tokens, of which M in S steps are scored.
-
-    ids, positions [1, T]; mask [1, 1, T, T], True where a token may look: itself, earlier tokens of its step, ancestors;
-    predictors [M]: the column whose output predicts a scored token; targets [M]: that token; segments [M]: its step, < S.
-    """
+    """A pack -> one row of T tokens, of which M in S steps are scored. ids, positions [1, T]; mask [1, 1, T, T], True
+    where a token may look: itself, earlier tokens of its step, ancestors; predictors [M]: the column whose output
+    predicts a scored token; targets [M]: that token; segments [M]: its step, < S."""
     related = torch.eye(len(pack), dtype=torch.bool)  # [k, j]: node j is node k or an ancestor of it
     ids, positions, owner, predictors, targets, segments = [], [], [], [], [], []
     index, last = {}, {}  # of a node: its number, the column of its last token
@@ -487,10 +475,8 @@ def pack_tensors(pack, device):
     return SimpleNamespace(**{name: torch.as_tensor(value, device=device) for name, value in row.items()})
 
 def token_logps(model, row, temperature, n_tokens, chunk=256):
-    """Log-probs [M], float32, of the scored tokens under softmax(logits / temperature) over the first n_tokens ids.
-
-    The head runs in chunks, and again in the backward pass: never more than chunk x vocabulary float32 logits at once.
-    """
+    """Log-probs [M], float32, of the scored tokens under softmax(logits / temperature) over the first n_tokens ids. The
+    head runs in chunks, and again in the backward pass: never more than chunk x vocabulary float32 logits at once."""
     hidden = model.get_decoder()(input_ids=row.ids, attention_mask=row.mask, position_ids=row.positions,
                                  use_cache=False).last_hidden_state[0, row.predictors]
     def score(hidden, targets):
@@ -501,10 +487,8 @@ def token_logps(model, row, temperature, n_tokens, chunk=256):
 
 def policy_loss(logps, old_logps, segments, advantages, weights, clip_eps, ratio):
     """PPO's clipped loss -sum_u w_u min(r_u A_u, clip(r_u, 1 - eps, 1 + eps) A_u) -> (loss, clipped units, units).
-
     logps, old_logps, segments [M]; advantages, weights [S]. token (GRPO): a unit is a token, r = pi / pi_old.
-    sequence (GSPO, 2507.18071): a unit is a step, r = (pi(y) / pi_old(y))^(1 / |y|) = exp(mean_t log r_t).
-    """
+    sequence (GSPO, 2507.18071): a unit is a step, r = (pi(y) / pi_old(y))^(1 / |y|) = exp(mean_t log r_t)."""
     log_ratio = logps - old_logps
     if ratio == "sequence":
         sums = torch.zeros_like(weights).index_add(0, segments, log_ratio)
@@ -518,11 +502,9 @@ def policy_loss(logps, old_logps, segments, advantages, weights, clip_eps, ratio
 # --------------------------------------------------------------------------------------------------------------- update
 
 def update_policy(model, optimizer, trees, weights, decoding, *, pack_len, clip_eps, ratio, updates, autocast):
-    """`updates` optimiser steps on one batch of trees -> grad_norm and clip_ratio of the last, skipped.
-
-    weights: see unit_weights. Old log-probs are those of the first pass, before any step: with one pass every ratio is 1.
-    A pass whose loss or gradient is not finite never reaches the weights: skipped.
-    """
+    """`updates` optimiser steps on one batch of trees -> grad_norm and clip_ratio of the last, skipped. weights: see
+    unit_weights. Old log-probs are those of the first pass, before any step: with one pass every ratio is 1. A pass
+    whose loss or gradient is not finite never reaches the weights: skipped."""
     packs, old_logps, result = pack_nodes(trees, pack_len), {}, dict(grad_norm=0.0, clip_ratio=0.0, skipped=False)
     model.train(getattr(model, "is_gradient_checkpointing", False))  # checkpointing works in train mode only
     for _ in range(updates if packs else 0):
@@ -583,12 +565,12 @@ def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=weights, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config.json, weights and tokenizer, or "
-                       "a hub id that is reachable or in the local cache") from e
+        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights and tokenizer, "
+                       "or a hub id that is reachable or in the local cache") from e
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
-    require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only qwen2, "
-            "qwen3 and llama models with full attention in every layer are tested")
-    require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS token; set eos_token in its tokenizer_config.json")
+    require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
+            "qwen2, qwen3 and llama models with full attention in every layer are tested")
+    require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
     model = sampler = model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if dtype == "mixed" or dtype == "auto" and model.device.type == "cuda":
         sampler = copy.deepcopy(model)
@@ -682,9 +664,11 @@ def parse_args(argv):
         flag, kind, default, demo_default, _ = re.split(" +", line, maxsplit=4)
         read, demo_default = kinds.get(kind, str), demo_default.replace("demo/", f"{HERE}/demo/")
         how = dict(type=read, choices=kind.split("|") if "|" in kind else None, nargs="+" if kind == "counts" else None)
-        name = parser.add_argument(flag, help=argparse.SUPPRESS, **dict(action="store_true") if kind == "flag" else how).dest
+        how = dict(action="store_true") if kind == "flag" else how
+        name = parser.add_argument(flag, help=argparse.SUPPRESS, **how).dest
         for table, text in ((hub, default), (demo, default if demo_default == "=" else demo_default)):
-            table[name] = None if text == "-" else [read(t) for t in text.split(",")] if kind == "counts" else read(text)
+            values = [read(value) for value in text.split(",")] if text != "-" else [None]
+            table[name] = values if kind == "counts" else values[0]
     given = parser.parse_args(argv)  # None where a flag is not given
     defaults, algo = hub if given.model else demo, given.algo or "treerpo"
     defaults.update(ALGOS[algo], **({} if algo == "treerpo" else DEPTH_1 if given.model else DEMO_DEPTH_1))
@@ -699,9 +683,9 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     other = [name for name, value in vars(args).items() if given.resume and value != defaults[name]
              and (name not in MAY_CHANGE or name == "steps" and value < defaults[name])]
-    require(not other, f"--resume {given.resume}: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
+    require(not other, f"--resume: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
     one_level = args.algo in ("grpo", "gspo") or args.branch_at == "entropy"
-    require(len(args.step_len) in (1, len(args.branching)), "--step-len: give one number, or as many as --branching has")
+    require(len(args.step_len) in (1, len(args.branching)), "--step-len: give one number, or one for each --branching")
     require(not one_level or len(args.branching) == 1, "--branching: grpo, gspo and entropy branching take one number")
     require(args.trees <= args.leaves, "--trees must be at most --leaves")
     require(0 <= args.min_group_std < math.inf, "--min-group-std must be 0 or more")
@@ -713,8 +697,8 @@ def open_run(args):
     out = Path(args.out or f"runs/{args.algo}-{time.strftime('%Y%m%d-%H%M%S')}")
     while not args.out and out.exists():
         out = out.with_name(out.name + "b")  # a second run in the same second
-    require(args.resume or not (out / "config.json").exists(), f"--out {out}: there is a run in it; continue it with --resume "
-            f"{out} or choose another folder")
+    require(args.resume or not (out / "config.json").exists(), f"--out {out}: there is a run in it; continue it with "
+            f"--resume {out} or choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.tmp").write_text(json.dumps({**vars(args), "out": str(out), "resume": None}, indent=1))
@@ -722,11 +706,11 @@ def open_run(args):
     except OSError as e:
         raise BadInput(f"--out or --dump-trees: cannot write there ({e})") from e
     resumed = newest_checkpoint(out) if args.resume else None
-    require(resumed or not checkpoints(out), f"--resume {out}: no whole checkpoint is left; start again with another --out")
+    require(resumed or not checkpoints(out), f"--resume {out}: no whole checkpoint is left; start in another --out")
     return out, resumed
 
 def batch_of(questions, step, size, seed):
-    """The questions of this step. Each epoch has its own order, from the seed alone, so a resumed run needs no state."""
+    """The questions of this step. Each epoch has its own order, from the seed alone: a resumed run needs no state."""
     n, places = len(questions), range((step - 1) * size, step * size)
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in places}}
     return [questions[orders[k // n][k % n]] for k in places]
@@ -737,7 +721,7 @@ def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens,
     if args.branch_at == "fixed":                                                                         # 1. grow
         trees = sample_trees(sampler, prompts, args.branching, step_lens, decoding)
     else:
-        trees = sample_forests(sampler, prompts, args.leaves, args.trees, step_lens[0], args.entropy_threshold, decoding)
+        trees = sample_forests(sampler, prompts, args.leaves, args.trees, *step_lens, args.entropy_threshold, decoding)
     grown, signals = time.perf_counter(), []
     leaves, texts = grade(trees, batch, tokenizer)                                                        # 2. verify
     verified = time.perf_counter()
@@ -756,12 +740,12 @@ def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens,
     copy_weights(model, sampler)
     end, tokens = time.perf_counter(), sum(len(node.tokens) for node in nodes)
     return {"reward": reward, "frac_reward_zero_std": 1 - sum(signals) / len(signals),
-            "completions/mean_length": sum(len(step.tokens) for leaf in leaves for step in leaf.path()[1:]) / len(leaves),
+            "completions/mean_length": sum(len(n.tokens) for leaf in leaves for n in leaf.path()[1:]) / len(leaves),
             "completions/clipped_ratio": sum(not leaf.done for leaf in leaves) / len(leaves),
             "no_answer_ratio": sum(extract_boxed(text) is None for text in texts) / len(leaves),
-            "entropy": math.fsum(h for node in nodes for h in node.entropies) / tokens, **update, "tokens_sampled": tokens,
+            "entropy": math.fsum(h for node in nodes for h in node.entropies) / tokens, "tokens_sampled": tokens,
             "tok_per_s": tokens / (end - start), "time_sample": grown - start, "time_score": verified - grown,
-            "time_update": end - verified}, trees
+            "time_update": end - verified, **update}, trees
 
 def train(args):
     """A whole run: load, evaluate, take the steps, log, save. -> exit status."""
@@ -803,7 +787,8 @@ def train(args):
             tokens_sampled += metrics["tokens_sampled"]
             bad_steps = bad_steps + 1 if metrics["skipped"] else 0
             memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            row.update(metrics, lr=lr, tokens_sampled=tokens_sampled, questions_seen=step * len(batch), peak_mem_gb=memory / 1e9)
+            row.update(metrics, lr=lr, tokens_sampled=tokens_sampled, questions_seen=step * len(batch))
+            row["peak_mem_gb"] = memory / 1e9
             if metrics["skipped"]:
                 row["skipped_questions"] = [q["id"] for q in batch]
             if args.dump_trees:
@@ -812,7 +797,7 @@ def train(args):
                 tqdm.write(render_tree(trees[0], tokenizer))
             line += (f": reward {row['reward']:.3f}, groups without signal {row['frac_reward_zero_std']:.0%}, length "
                      f"{row['completions/mean_length']:.0f}, cut {row['completions/clipped_ratio']:.0%}"
-                     f"{', SKIPPED: loss or gradient not finite' * metrics['skipped']}, {row['tok_per_s']:.0f} tokens/s")
+                     f"{', SKIPPED as not finite' * metrics['skipped']}, {row['tok_per_s']:.0f} tokens/s")
         if step % args.eval_every == 0 or step == args.steps:
             row.update(evaluate(sampler, tokenizer, held_out, args.eval_samples, sum(step_lens), decoding, args.seed))
             accuracy = row["eval/accuracy"]
@@ -821,11 +806,11 @@ def train(args):
         tqdm.write(line)
         bar.set_postfix_str(f"reward {row.get('reward', math.nan):.3f}, held-out {accuracy:.3f}")
         if step and (step % args.save_every == 0 or step == args.steps or interrupts or bad_steps == 3):
-            state = dict(optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
-                         counts=[step, tokens_sampled, bad_steps])
+            state = dict(optimizer=optimizer.state_dict(), counts=[step, tokens_sampled, bad_steps],
+                         rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
             save_checkpoint(out, step, model, tokenizer, state, args.keep)
         if bad_steps == 3:
-            raise FloatingPointError(f"three steps in a row were not finite; {out} holds the weights before them. Lower --lr")
+            raise FloatingPointError(f"three steps in a row were not finite; {out} has the weights before; lower --lr")
         if interrupts:
             print(f"stopped after step {step}; continue with: python treerpo.py --resume {out}")
             return 130
@@ -842,8 +827,8 @@ def main(argv=None):
         return 130
     except (RuntimeError, MemoryError) as e:
         if "memory" in f"{type(e).__name__} {e}".lower():
-            e.add_note(f"Out of memory: lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or add "
-                       "--grad-checkpointing; then continue from the last checkpoint with --resume")
+            e.add_note(f"Out of memory: lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or "
+                       "add --grad-checkpointing; then continue from the last checkpoint with --resume")
         raise
 
 if __name__ == "__main__":
