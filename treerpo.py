@@ -38,15 +38,15 @@ tree
   --algo                treerpo|grpo|gspo|treeadv  treerpo  =  named set of --branch-at, --advantage and --ratio
   --branch-at           fixed|entropy  fixed  =  every --step-len tokens, or at uncertain tokens (treeadv)
   --branching           counts 8,2,2  4,2,2,2  children of a node at each level; depth 1: 32, demo 8
-  --step-len            counts 384  16  tokens of a step, one number or one a level; depth 1: 1152, demo 64
+  --step-len            counts 384  14  tokens of a step, one number or one a level; depth 1: 1152, demo 56
   --leaves              count  32  8  entropy branching: rollouts per question in all
   --trees               count  8  4  entropy branching: first rollouts per question, the others fork from them
   --entropy-threshold   real   1.0  0.3  entropy branching: nats above which a token may fork
   --temperature         real   1.0  =  of sampling and scoring alike
-  --questions-per-step  count  16  32  questions of one batch
+  --questions-per-step  count  16  =  questions of one batch
 learning
   --steps               count  300  40  training steps, one batch each
-  --lr                  real   1e-6  3e-4  AdamW learning rate, after 5 steps of linear warm-up
+  --lr                  real   1e-6  2e-4  AdamW learning rate, after 5 steps of linear warm-up
   --advantage           siblings|leaves|both  siblings  =  compare siblings, redistribute leaves' (treeadv), or the sum
   --ratio               token|sequence  token  =  importance ratio per token, or per step (gspo)
   --clip-eps            real   0.2  =  PPO clip range, 1 +- this; gspo 4e-4
@@ -99,7 +99,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor
 
 HERE = Path(__file__).resolve().parent
-DEPTH_1, DEMO_DEPTH_1 = dict(branching=[32], step_len=[1152]), dict(branching=[8], step_len=[64])  # all but treerpo
+DEPTH_1, DEMO_DEPTH_1 = dict(branching=[32], step_len=[1152]), dict(branching=[8], step_len=[56])  # all but treerpo
 ALGOS = dict(treerpo={}, grpo={}, gspo=dict(ratio="sequence", clip_eps=4e-4),
              treeadv=dict(branch_at="entropy", advantage="leaves"))
 # What a resumed run may change: it decides what fits and what is shown, not what is learned.
@@ -122,7 +122,7 @@ def load_template(name, tokenizer):
     name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
     known = {"qwen-math": QWEN_MATH, "none": "{question}", **({"chat": "chat"} if tokenizer.chat_template else {})}
     text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
-    require(text == "chat" or "{question}" in text, f"--template {name}: not {'/'.join(known)} or a file with {{question}}")
+    require(text == "chat" or "{question}" in text, f"--template {name}: give {'/'.join(known)} or a file with {{question}}")
     return text
 
 def build_prompt(question, template, tokenizer):
@@ -565,7 +565,7 @@ def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=weights, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights and tokenizer, "
+        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
                        "or a hub id that is reachable or in the local cache") from e
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
