@@ -122,7 +122,7 @@ def load_template(name, tokenizer):
     name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
     known = {"qwen-math": QWEN_MATH, "none": "{question}", **({"chat": "chat"} if tokenizer.chat_template else {})}
     text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
-    require(text == "chat" or "{question}" in text, f"--template {name}: give {'/'.join(known)} or a file with {{question}}")
+    require(text == "chat" or "{question}" in text, f"--template {name}: not {'/'.join(known)} or a {{question}} file")
     return text
 
 def build_prompt(question, template, tokenizer):
@@ -506,7 +506,7 @@ def update_policy(model, optimizer, trees, weights, decoding, *, pack_len, clip_
     unit_weights. Old log-probs are those of the first pass, before any step: with one pass every ratio is 1. A pass
     whose loss or gradient is not finite never reaches the weights: skipped."""
     packs, old_logps, result = pack_nodes(trees, pack_len), {}, dict(grad_norm=0.0, clip_ratio=0.0, skipped=False)
-    model.train(getattr(model, "is_gradient_checkpointing", False))  # checkpointing works in train mode only
+    model.train(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))  # works in train mode only
     for _ in range(updates if packs else 0):
         optimizer.zero_grad()
         total, clipped, units = 0.0, 0, 0
@@ -556,21 +556,24 @@ def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
 
 # ------------------------------------------------------------------------------------------ model, checkpoint and log
 
-def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
-    """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
+def from_pretrained(kind, name, **options):
+    """kind.from_pretrained(name) for a folder, hub or cache. Raises BadInput."""
     if not os.path.isdir(name):
         use_hub_or_cache()
-    weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=weights, attn_implementation="sdpa")
+        return kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
-                       "or a hub id that is reachable or in the local cache") from e
+        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights and tokenizer, or "
+                       "a hub id that is reachable or in the local cache") from e
+
+def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
+    """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
+    tokenizer, weights = from_pretrained(AutoTokenizer, name), torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
+    model = from_pretrained(AutoModelForCausalLM, name, dtype=weights, attn_implementation="sdpa")
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
             "qwen2, qwen3 and llama models with full attention in every layer are tested")
-    require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
     model = sampler = model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if dtype == "mixed" or dtype == "auto" and model.device.type == "cuda":
         sampler = copy.deepcopy(model)
@@ -749,7 +752,7 @@ def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens,
 
 def train(args):
     """A whole run: load, evaluate, take the steps, log, save. -> exit status."""
-    columns = args.question_column, args.answer_column
+    columns, _ = (args.question_column, args.answer_column), from_pretrained(AutoTokenizer, args.model)  # fails early
     questions = load_questions(args.data, *columns)
     held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[:len(questions) // 5 + 1]
     questions = questions if args.eval_data or len(questions) < 5 else questions[len(held_out):]
