@@ -763,7 +763,8 @@ def train(args):
     fit = load_template(args.template, tokenizer), tokenizer, sum(step_lens), model.config.max_position_embeddings
     questions = fit_context(questions, args.data, *fit)
     held_out = fit_context(held_out[:args.eval_questions], "held-out questions", *fit)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    on_gpu = model.device.type == "cuda"  # there, the fused step needs no second copy of the weights
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
     torch.manual_seed(args.seed)
     done, tokens_sampled, bad_steps, accuracy, interrupts = -1, 0, 0, math.nan, []
     if resumed:
@@ -789,7 +790,8 @@ def train(args):
             metrics, trees = train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, args)
             tokens_sampled += metrics["tokens_sampled"]
             bad_steps = bad_steps + 1 if metrics["skipped"] else 0
-            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             row.update(metrics, lr=lr, tokens_sampled=tokens_sampled, questions_seen=step * len(batch))
             row["peak_mem_gb"] = memory / 1e9
             if metrics["skipped"]:

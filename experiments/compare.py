@@ -20,15 +20,18 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import tempfile
 import time
+from bisect import bisect_left, bisect_right
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "demo")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "demo")]
+import report  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- what is compared
 
@@ -36,7 +39,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "demo")]
 DEFAULT = "4 2 2 2"
 SYSTEMS = {"treerpo": ("treerpo", DEFAULT, ""), "grpo": ("grpo", "8", ""), "gspo": ("gspo", "8", ""),
            "treeadv": ("treeadv", "8/4", "")}
-FACTORS = {"levels": ("treerpo", DEFAULT, "--level-weight levels"), "leaves": ("treerpo", DEFAULT, "--advantage leaves"),
+FACTORS = {"default": SYSTEMS["treerpo"], "grpo": SYSTEMS["grpo"],
+           "levels": ("treerpo", DEFAULT, "--level-weight levels"), "leaves": ("treerpo", DEFAULT, "--advantage leaves"),
            "both": ("treerpo", DEFAULT, "--advantage both"), "std": ("treerpo", DEFAULT, "--normalizer std"),
            "none": ("treerpo", DEFAULT, "--normalizer none"), "8 2 2 2": ("treerpo", "8 2 2 2", ""),
            "8 2": ("treerpo", "8 2", ""), "2 2 2 2": ("treerpo", "2 2 2 2", ""), "4 4 4 4": ("treerpo", "4 4 4 4", ""),
@@ -46,16 +50,20 @@ TWICE = {f"{name}, two updates": (algo, shape, f"{flags} --updates-per-batch 2")
          {**SYSTEMS, "treerpo sequence": ("treerpo", DEFAULT, "--ratio sequence --clip-eps 4e-4")}.items()}
 LEAVES = {"treerpo, leaves": FACTORS["leaves"]}
 SHARED = {"treerpo, shared opening": ("treerpo", "1 8 2 2", "")}  # one sampled opening, as long as the shortest one
-ARMS = {**SYSTEMS, **FACTORS, **TWICE, **LEAVES, **SHARED}
+ARMS = {**FACTORS, **SYSTEMS, **TWICE, **LEAVES, **SHARED}
 CREDIT = ["8", "16", "32", "8 2", "2 2 2 2", "4 2 2 2", "8 2 2 2", "4 4 4 4", "8/4", "16/4", "32/8"]
 BASES = {"demo": [], "few": [],  # few: the demo with 50 training questions; the others: flags of demo/make_demo.py
          "long": "--ops 8 --careful 0.86 --clean-steps 2200 --flawed-steps 600".split(),
          "restate": "--restate --clean-steps 3000 --flawed-steps 800 --batch-size 24".split()}
-REGIMES = {"demo": "bundled task", "long": "8 operations, 85 % of lines right", "restate": "answer restates the question",
+REGIMES = {"long": "8 operations, 85 % of lines right", "restate": "answers that restate the question",
            "few": "50 training questions"}
+PARTS = "credit tune curves factors regimes twice".split()
 LRS = (1e-4, 2e-4, 4e-4, 8e-4)
-FULL = dict(seeds=range(5), tune_seeds=(100, 101), rollouts=80, updates=36, evals=6, credit_tokens=60_000)
-QUICK = dict(seeds=range(2), tune_seeds=(), rollouts=80, updates=15, evals=3, credit_tokens=20_000)
+# rollouts: sampled tokens of an update, counted in answers; factors: more, so that a 4 4 4 4 tree fits into one update
+FULL = dict(seeds=range(5), tune_seeds=(100, 101), evals=6, credit_tokens=60_000)
+QUICK = dict(seeds=range(2), tune_seeds=(), evals=3, credit_tokens=20_000)
+ROLLOUTS, UPDATES = dict(factors=80), dict(factors=18, few=72, long=48)
+OTHER_ROLLOUTS, OTHER_UPDATES = 40, 36
 QUICK_LR, FEW = 4e-4, 50
 
 # ------------------------------------------------------------------------------------------------------- in a worker
@@ -134,10 +142,11 @@ def measure_sizes(base, folder, **job):
 
 
 def line_advantages(forest, row, tokenizer):
-    """Every labelled line of the forest's answers, once: (right?, mean advantage of its tokens).
+    """Every labelled line of the forest's answers, once: (right?, mean advantage of its tokens, is it decisive?).
 
-    A line belongs to the tokens that write it, wherever the tree cut them into steps. Answers that share all of a line's
-    tokens share the line.
+    A line is decisive if no line before it is wrong: behind an error the answer is lost, and nothing written there can
+    earn or cost a reward. A line belongs to the tokens that write it, wherever the tree cut them into steps; answers that
+    share all of a line's tokens share the line.
     """
     import make_demo
     import treerpo
@@ -150,23 +159,23 @@ def line_advantages(forest, row, tokenizer):
             ends.append(at)
         text = treerpo.path_text(leaf, tokenizer)
         assert at == len(text), "the texts of the tokens must make up the answer's"
+        decisive = True
         for start, end, right in make_demo.check_lines(row, text):
             inside = [k for k, e in enumerate(ends) if start < e <= end]
             last = tokens[inside[-1]]
-            lines[last[0], last[1]] = right, sum(tokens[k][0].advantage for k in inside) / len(inside)
+            lines[last[0], last[1]] = right, sum(tokens[k][0].advantage for k in inside) / len(inside), decisive
+            decisive = decisive and right
     return list(lines.values())
 
 
 def auc(pairs):
     """[(right?, score)] -> the chance that a right one scores above a wrong one, ties half."""
     scores = sorted(score for right, score in pairs if not right)
-    from bisect import bisect_left, bisect_right
     wins = [bisect_left(scores, s - 1e-9) + bisect_right(scores, s + 1e-9) for right, s in pairs if right]
     return sum(wins) / (2 * len(wins) * len(scores))
 
 
 def measure_credit(folder, shape, seed, n_questions, **job):
-    import random
     import torch
     import treerpo
     model, tokenizer, decoding, rows, limit = open_base(folder)
@@ -179,15 +188,18 @@ def measure_credit(folder, shape, seed, n_questions, **job):
                 leaf.reward = treerpo.reward_fn(treerpo.path_text(leaf, tokenizer), row["answer"])
             treerpo.backup_rewards(root)
     for name in ["siblings", "leaves"] if " " in shape else ["leaves" if "/" in shape else "siblings"]:
-        pairs = []
+        lines = []
         for forest, row in zip(forests, rows):
             for node in (node for root in forest for node in root.walk()):
                 node.advantage = 0.0
             add = treerpo.add_sibling_advantages if name == "siblings" else treerpo.add_leaf_advantages
             add(forest, "bernoulli")
-            pairs += line_advantages(forest, row, tokenizer)
-        rules[name] = dict(auc=round(auc(pairs), 4), lines=len(pairs), right=round(sum(r for r, _ in pairs) / len(pairs), 4),
-                           zero=round(sum(abs(a) < 1e-12 for _, a in pairs) / len(pairs), 4))
+            lines += line_advantages(forest, row, tokenizer)
+        first = [(right, advantage) for right, advantage, decisive in lines if decisive]
+        later = [advantage for _, advantage, decisive in lines if not decisive]
+        rules[name] = dict(
+            auc=auc(first), auc_all=auc([line[:2] for line in lines]), decisive=len(first), later=len(later),
+            silent=sum(abs(a) < 1e-12 for _, a in first) / len(first), noise=sum(abs(a) > 1e-12 for a in later) / len(later))
     return dict(tokens=sampled_tokens(forests), rules=rules)
 
 
@@ -250,6 +262,8 @@ def train_once(folder, data, arm, seed, lr, questions, steps, evals, lengths, **
 
 class Study:
     """Which jobs there are, and the lines of those that are done."""
+    systems, factors, twice, regimes, regime_arms = SYSTEMS, FACTORS, TWICE, REGIMES, SYSTEMS | LEAVES | SHARED
+    credit_shapes, lrs = CREDIT, LRS
 
     def __init__(self, args):
         self.size, self.quick, self.file = QUICK if args.quick else FULL, args.quick, Path(args.results)
@@ -290,9 +304,10 @@ class Study:
                     size = self.lines.get(f"sizes/{'demo' if base == 'few' else base}")
                     if size:  # not yet, when jobs are only counted
                         algo, shape, _ = ARMS[arm]
-                        budget = self.size["rollouts"] * size["sizes"]["8"] / 8
+                        budget = ROLLOUTS.get(part, OTHER_ROLLOUTS) * size["sizes"]["8"] / 8
                         questions = max(1, round(budget / size["sizes"][shape]))
-                        steps = round(self.size["updates"] * budget / (questions * size["sizes"][shape]))
+                        updates = UPDATES.get(base, UPDATES.get(part, OTHER_UPDATES))
+                        steps = round(updates * budget / (questions * size["sizes"][shape]))
                         job.update(questions=questions, steps=steps, evals=self.size["evals"], lr=lr or self.tuned(algo),
                                    lengths=step_lengths(shape, size["limit"], size["opening"]), data=self.data(base))
                     jobs.append(job)
@@ -329,12 +344,12 @@ class Study:
         yield lambda: self.runs("curves", "demo", SYSTEMS, seeds)
         if self.quick:
             return
+        yield lambda: self.runs("factors", "demo", FACTORS, seeds)
         yield lambda: [self.job("make", "make", base, base=base, folder=str(self.folder(base))) for base in BASES
                        if not (self.folder(base) / "model").exists()]
         yield lambda: [sizes("long"), sizes("restate")]
-        yield lambda: (self.runs("regimes", "long", SYSTEMS | LEAVES, seeds) + self.runs("regimes", "few", SYSTEMS | LEAVES, seeds)
+        yield lambda: (self.runs("regimes", "long", SYSTEMS | LEAVES, seeds) + self.runs("regimes", "few", SYSTEMS, seeds)
                        + self.runs("regimes", "restate", SYSTEMS | LEAVES | SHARED, seeds))
-        yield lambda: self.runs("factors", "demo", FACTORS, seeds)
         yield lambda: self.runs("twice", "demo", TWICE, seeds) + self.credit("long", CREDIT[1::2], seeds)
 
     def do(self, workers, parts):
@@ -358,117 +373,32 @@ class Study:
                     bar.update()
         bar.close()
 
-# ------------------------------------------------------------------------------------------------------------- tables
 
-T95 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
-
-
-def interval(values):
-    """-> (mean, half the 95 % confidence interval of the mean), by Student's t."""
-    n = len(values)
-    return statistics.mean(values), T95[min(n - 1, 15)] * statistics.stdev(values) / n ** 0.5 if n > 1 else math.nan
-
-
-def difference(a, b):
-    """-> (mean of a minus mean of b, half its 95 % confidence interval)."""
-    if min(len(a), len(b)) < 2:
-        return statistics.mean(a) - statistics.mean(b), math.nan
-    error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
-    return statistics.mean(a) - statistics.mean(b), T95[min(len(a) + len(b) - 2, 15)] * error
-
-
-def read_at(line, axis, x, what="accuracy"):
-    """The curve's value at x, between its evaluations by straight lines; behind the last one, the last value."""
-    xs, ys = line[axis], line[what]
-    for i in range(1, len(xs)):
-        if xs[i] >= x:
-            return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-    return ys[-1]
-
-
-def mean_to(line, axis, x):
-    """Mean height of the curve from 0 to x: how fast it rises, with less noise than its end."""
-    return statistics.mean(read_at(line, axis, x * (i + 0.5) / 50) for i in range(50))
-
-
-def cell(pair, digits=3, sign=""):
-    return f"{pair[0]:{sign}.{digits}f} ± {pair[1]:.{digits}f}"
-
-
-def run_table(study, groups, reference):
-    """Markdown rows for {label: lines of the arm}: accuracy at equal tokens and at equal CPU seconds, the curve, length."""
-    groups = {label: lines for label, lines in groups.items() if lines}
-    if not groups:
-        return []
-    tokens = min(line["tokens"][-1] for lines in groups.values() for line in lines)
-    cpu = min(statistics.mean(line["cpu"][-1] for line in lines) for lines in groups.values())
-    rows = [f"| | seeds | lr | updates | accuracy at {tokens / 1000:.0f}k tokens | against {reference} | mean of the curve | "
-            f"at {cpu:.0f} CPU s | CPU s | answer tokens |", "|---|" + "---|" * 9]
-    end = {label: [read_at(line, "tokens", tokens) for line in lines] for label, lines in groups.items()}
-    for label, lines in groups.items():
-        other = end.get(reference)
-        rows.append("| " + " | ".join([
-            label, str(len(lines)), "/".join(sorted({f"{line['lr']:g}" for line in lines})), f"{lines[0]['step'][-1]}",
-            cell(interval(end[label])), "" if label == reference or not other else cell(difference(end[label], other), 3, "+"),
-            cell(interval([mean_to(line, "tokens", tokens) for line in lines])),
-            cell(interval([read_at(line, "cpu", cpu) for line in lines])), f"{statistics.mean(line['cpu'][-1] for line in lines):.0f}",
-            f"{statistics.mean(line['length'][0] for line in lines):.1f} → "
-            + cell(interval([line["length"][-1] for line in lines]), 1)]) + " |")
-    return rows
-
-
-def credit_table(study, base):
-    rows = []
-    for shape in CREDIT:
-        lines = study.of("credit", base=base, shape=shape)
-        for rule in sorted({rule for line in lines for rule in line["rules"]}, reverse=True):
-            name = f"TreeAdv {shape.replace('/', ' leaves, trees ')}" if "/" in shape else f"tree {shape}" if " " in shape else f"GRPO {shape}"
-            pick = lambda what: [line["rules"][rule][what] for line in lines if rule in line["rules"]]
-            rows.append(f"| {name} | {rule if ' ' in shape else '-'} | {cell(interval(pick('auc')))} | {len(lines)} | "
-                        f"{lines[0]['n_questions']} | {statistics.mean(pick('lines')):.0f} | {statistics.mean(pick('zero')):.0%} |")
-    head = ["| | advantage | AUC | seeds | questions | lines | lines without a signal |", "|---|---|---|---|---|---|---|"]
-    return head + rows if rows else []
-
-
-def tables(study):
-    """All tables as Markdown; mean ± half a 95 % confidence interval over seeds."""
-    curves = {arm: study.of("curves", arm=arm) for arm in SYSTEMS}
-    parts = [("Credit per line, bundled task", credit_table(study, "demo")),
-             ("Credit per line, 8 operations", credit_table(study, "long")),
-             ("Curves, bundled task", run_table(study, curves, "grpo"))]
-    for base in REGIMES:
-        if base != "demo":
-            arms = {arm: study.of("regimes", arm=arm, base=base) for arm in SYSTEMS | LEAVES | SHARED}
-            parts.append((REGIMES[base], run_table(study, arms, "grpo")))
-    parts += [("One factor at a time", run_table(study, {"treerpo": curves["treerpo"], **{
-                  arm: study.of("factors", arm=arm) for arm in FACTORS}}, "treerpo")),
-              ("Two updates on each batch", run_table(study, {arm: study.of("twice", arm=arm) for arm in TWICE},
-                                                      "grpo, two updates"))]
-    tune = [f"| {arm} | {lr:g} | " + ", ".join(f"{line['accuracy'][-1]:.3f}" for line in study.of("tune", arm=arm, lr=lr)) + " |"
-            for arm in SYSTEMS for lr in LRS if study.of("tune", arm=arm, lr=lr)]
-    parts.append(("Tuning, final accuracy per seed", tune and ["| | lr | accuracy |", "|---|---|---|", *tune]))
-    spent = sum(line.get("cpu_total", 0) for line in study.lines.values()) / 3600
-    return "\n\n".join(f"**{title}**\n\n" + "\n".join(rows) for title, rows in parts if rows) + f"\n\nCPU hours: {spent:.2f}"
-
-
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to do")
     group.add_argument("--quick", action="store_true", help="the form of under 5 minutes, with a results file of its own")
     group.add_argument("--table", action="store_true", help="only print the tables")
-    group.add_argument("--parts", nargs="+", choices="credit tune curves regimes factors twice".split(), help="only these")
-    group.add_argument("--workers", type=int, default=2, help="processes, one thread each (default 2)")
+    group.add_argument("--parts", nargs="+", choices=PARTS, help="only these parts")
+    group.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
     group = parser.add_argument_group("files")
-    group.add_argument("--results", help="JSON lines (default experiments/results/compare.jsonl; quick.jsonl if --quick)")
-    group.add_argument("--demo", default=HERE.parent / "demo", help="folder of the bundled base (default demo)")
+    group.add_argument("--results", help="JSON lines (default experiments/results/compare.jsonl, quick.jsonl if --quick)")
+    group.add_argument("--demo", default=HERE.parent / "demo", help="folder of the bundled base model (default demo)")
     group.add_argument("--cache", default=HERE / "cache", help="folder for base models made here (default experiments/cache)")
-    group.add_argument("--variants", help="folder with ready base models: long, restate")
+    group.add_argument("--variants", help="folder with ready base models, long/ and restate/")
     args = parser.parse_args(argv)
     args.results = args.results or HERE / "results" / ("quick.jsonl" if args.quick else "compare.jsonl")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     study = Study(args)
     if not args.table:
         study.do(args.workers, args.parts)
-    print(tables(study))
+        if not args.quick:
+            report.figures(study)
+    print(report.tables(study))
     return 0
 
 
