@@ -75,6 +75,7 @@ import argparse
 import copy
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -168,7 +169,7 @@ def pick(row, place, wanted, usual):
 
 def load_questions(source, question_column=None, answer_column=None):
     """-> [{"id": row number from 0, "question": str, "answer": str, number or list}]. Raises BadInput."""
-    questions = []
+    questions, unreadable = [], []
     for number, row in enumerate(read_rows(source)):
         place = f"{source} row {number + 1}"
         question = pick(row, place, question_column, ["question", "problem"])
@@ -180,6 +181,9 @@ def load_questions(source, question_column=None, answer_column=None):
         require(isinstance(question, str) and question.strip(), f"{place}: the question must be text: {question!r:.80}")
         require(readable, f"{place}: the answer must be text or a number and not empty: {answer!r:.80}")
         questions.append({"id": number, "question": question, "answer": answer})
+        unreadable += [f"{place}: {gold}" for gold in golds if not is_readable(gold)]
+    if unreadable:
+        print(f"{len(unreadable)} answers match only the identical text, the first is {unreadable[0]!r:.150}")
     return questions
 
 def fit_context(questions, name, template, tokenizer, budget, context):
@@ -194,17 +198,143 @@ def fit_context(questions, name, template, tokenizer, budget, context):
 
 # -------------------------------------------------------------------------------------------------- verifiable reward
 
+# LaTeX is respelled by tables, then one small parser gives the value of an answer: exact in rational numbers, to ten
+# digits once roots or pi enter, at fixed points if there are variables. Work is bounded before it is done (characters,
+# bits of a number), so no timeout is needed. Precision comes before recall: what cannot be read equals nothing else.
+MAX_CHARS, MAX_BITS = 300, 4096
+# One character for each LaTeX name; ⦃⦄ are \{ \}, ⟦⟧ enclose a matrix, ¶ ends its row, ⟨⟩ enclose a unit, '' a word.
+SYMBOLS = dict(pair.split("=>") for pair in r"""\{=>⦃ \}=>⦄ \langle=>( \rangle=>) \lvert=>| \rvert=>| \le=>≤ \leq=>≤
+    \leqslant=>≤ \ge=>≥ \geq=>≥ \geqslant=>≥ \ne=>≠ \neq=>≠ \in=>= \cup=>, ∪=>, \pm=>± \cdot=>* \times=>* ×=>* ·=>*
+    \div=>/ −=>- \circ=>° \infty=>∞ \pi=>π √=>\sqrt \emptyset=>∅ \varnothing=>∅ \angle=> \alpha=>α \beta=>β \theta=>θ
+    \lambda=>λ""".split())
+TEXT = r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it|bb)|mbox|operatorname|boldsymbol) *"
+UNIT = r"(?:[cmk]m|ft|in|mph|kg|(?<= )[a-z]{4,}(?: [a-z]+)*)(?:/[a-z]+)?(?:\^\d)?(?= *\.?(?:$|[,;)\]⦄⟧&¶=]))"
+REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in (
+    (r"\\\\", "¶"), (r"\\begin\{[pb]matrix\}", "⟦"), (r"¶?\s*\\end\{[pb]matrix\}", "⟧"), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(left|right|[bB]igg?[lr]?|displaystyle|rm|bf)(?![A-Za-z])\.?|\\[()\[\]!]|\{,\}|\\?[$£€%]", ""), (";", ","),
+    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\d)", r"\\frac{\1}"),
+    (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln)(?![A-Za-z])", r"\\\1"), (r"\^\{(\w)\}", r"^\1"),
+    (r"\\[A-Za-z]+|\\[{}]|[^\x00-\x7f]", lambda match: SYMBOLS.get(match[0], match[0])), (r"\^? ?\{?°\}?", "⟨degree⟩"),
+    (rf"[,; ]*({TEXT}\{{[,; ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[,; ]*\}}?[,; ]*", ","),
+    (rf"(?<=[\d}})π]) *((/? ?{TEXT}\{{(?![ie]\}})[^{{}}]*\}} ?(\^ ?\d)?)+|{UNIT})", r"⟨\g<0>⟩"),  # 5 cm^2 -> 5⟨cm^2⟩
+    # mixed numbers: 1\frac12, 1 1/2; e-forms; thousands: 1,234 and 1 234 are one number, "1, 234" and (1,234) are two
+    (TEXT + r"\{([^{}]*)\}", r"\1"), (r"\\sqrt(?! ?\[)", r"\\root{2}"), (r"\\sqrt ?\[(\w+)\]", r"\\root{\1}"),
+    (r"(?<![\w.^}/])(\d+) ?(\\frac ?\{\d+\} ?(?:\d|\{\d+\})|(?<= )\d+/\d+)(?!\.?\d)", r"(\1+\2)"),
+    (r"(?<![\d.])(\d*\.?\d+)[eE]([+-]?\d{1,3})(?![\d.])", r"(\1*10^{\2})"), (r"_(\d+|[A-Za-z])", r"_{\1}"),
+    (r"(?<![\d.,(\[⦃])(?<![(\[⦃]-)\d{1,3}((,\d{3})+|( \d{3})+)(?![\d)\]⦄]|[, ]\d)",
+     lambda match: re.sub("[, ]", "", match[0])),
+    (r"(?<=}) |(?<!\d) | (?!\d)|[.,: ]+$", ""), (r"\|([^|]*)\|", r"\\abs(\1)"), (r"s⟩", "⟩"), (r"⦃ ?⦄", "∅"),
+    (r"(\\(?:sin|cos|tan|ln))(\^\d)?(\d*[A-Za-zπα-ω]|\d+|\{\w*\})(?![\^_({\wπα-ω]|\\(?!sin|cos))", r"\1\2(\3)"),
+    (r"(\\(?:sin|cos|tan|ln))(\^\d)?(\([^()]*\))", r"(\1\3)\2"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
+    # a word, or a number in another base, is one name
+    (r"(?<![^,(\[⦃=&-])((?i:no|[a-z]{3,}[a-z\d-]*)|[A-Z\d]{2,}_\{\w+\})(?![^,)\]⦄=&])", lambda m: f"'{m[0].lower()}'"))]
+# What one of two answers may leave out, by the mark that shows it: a unit, or x=, f(x)=, (x,y)=, AB=, area=
+OPTIONAL = {"⟨": "⟨[^⟩]*⟩", "=":
+            r"(?<![^,])(?:[A-Za-zα-ω](?:_\{\w+\})?(?:\^\{-1\})?(?:\([\w,]*\))?|\([a-z](?:,[a-z])+\)|[A-Z]+|'\w+')="}
+TOKEN = re.compile(r"'[^']*'|⟨[^⟩]*⟩|[\d.]+|\\(?:frac|root|abs|(?:sin|cos|tan|ln)(?=\())|[A-Za-zα-ω∞∅](?:_\{\w+\})?|.")
+LEVELS = {symbol: level for level, symbols in enumerate(
+    (["", *")]}⦄⟧"], ",", "¶", "&", "=≠<>≤≥", ":", "+-", "*/", "^")) for symbol in symbols}
+NARY, PRODUCT, POWER, ATOM, BRACKETS = 5, 7, 8, 9, {pair: pair for pair in "() [] (] [) {} ⦃⦄ ⟦⟧".split()}
+OPERATIONS = {"+": lambda a, b: a - -b, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": operator.pow,
+              r"\frac": operator.truediv, r"\root": lambda n, a: operate("^", a, 1 / n)}
+FUNCTIONS = {r"\abs": abs, r"\sin": math.sin, r"\cos": math.cos, r"\tan": math.tan, r"\ln": math.log}
+
 def extract_boxed(text):
-    i = text.rfind("\\boxed{")
-    j = text.find("}", i)
-    return text[i + 7:j] if i >= 0 and j >= 0 else None
+    r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5; None without box, or if it is not closed. Ours."""
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
+    box = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?![A-Za-z])([^\s{}$]+))").match(text, start)
+    if not box or box[1]:
+        return box and box[1]
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, box.end(), box.end() + 20_000):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return text[box.end():brace.start()]
+
+def normalize_answer(s):
+    """One spelling for notations with one meaning: REWRITES in order; over MAX_CHARS only stripped. Ours."""
+    s = s.strip()
+    for pattern, replacement in REWRITES if len(s) <= MAX_CHARS else ():
+        s = pattern.sub(replacement, s)
+    return s
+
+def operate(sign, a, b):
+    """Exact where it can be, and never large; odd roots of negative numbers are real, other roots principal ones."""
+    bits = [max(map(int.bit_length, n.as_integer_ratio())) if isinstance(n, Fraction) else 0 for n in (a, b)]
+    if (bits[0] * abs(b) if sign == "^" else max(bits)) > MAX_BITS:
+        raise OverflowError("too large")
+    if sign == "^" and all(bits) and a < 0 and b.denominator % 2:
+        return (-1) ** b.numerator * (-a) ** b
+    return OPERATIONS[sign](a, b)
+
+def read(tokens, point, level=1):
+    """Value at a point of the reversed tokens, as far as their operators bind at least as tightly as `level`."""
+    token = tokens.pop()
+    if token in "+-":
+        value = Fraction(token + "1") * read(tokens, point, POWER)
+    elif token in "([{⦃⟦":
+        value, kind = read(tokens, point), BRACKETS[token + tokens.pop()]
+        if isinstance(value, tuple) and value[0][0] == "," and kind != "⦃⦄":
+            value = kind, value[1]
+    elif token in OPERATIONS:  # \frac, \root
+        value = operate(token, read(tokens, point, ATOM), read(tokens, point, ATOM))
+    elif token in FUNCTIONS:
+        value = FUNCTIONS[token](read(tokens, point, ATOM))
+    else:
+        value = Fraction(token) if token[0] in ".0123456789" else point[token]
+    while (binding := LEVELS.get(tokens[-1], PRODUCT)) >= level:
+        if binding > NARY:  # two values side by side are a product
+            sign = tokens.pop() if tokens[-1] in LEVELS else "*"
+            value = operate(sign, value, read(tokens, point, min(binding + 1, POWER)))
+            continue
+        kind, parts = "", [value]
+        while LEVELS.get(tokens[-1]) == binding:
+            kind += tokens.pop()
+            parts.append(read(tokens, point, binding + 1))
+        value = (kind[::-1].translate({62: "<", 8805: "≤"}), parts[::-1]) if kind[0] in ">≥" else (kind, parts)
+    return value
+
+def spell(value):
+    """Equal values have one spelling: lists, sets and equations are sorted, roots and pi rounded to ten digits."""
+    if isinstance(value, tuple):
+        parts = [spell(part) for part in value[1]]
+        return f"{value[0]}[{'; '.join(parts if value[0].strip(',=≠') else sorted(parts))}]"
+    exact = value if isinstance(value, Fraction) else Fraction(value.real).limit_denominator(10_000)
+    if value == exact or abs(value - exact) < 1e-13 * abs(value) < 1e-4:  # also (√2)^2, but 3.14159265358979 is not pi
+        return str(exact)
+    return f"{complex(value) + 0:.10g}"
+
+def read_answer(s):
+    """Spelled values of a normalized answer at fixed points; None if it cannot be read: the check for golds. Ours."""
+    tokens, values = TOKEN.findall(s if len(s) <= 2 * MAX_CHARS else ""), []
+    names = sorted({token for token in tokens if re.match("['⟨A-Za-zα-ω∞∅]", token)} - {"e", "i", "π"})
+    for index in range(8):  # three points of integers, even and odd, then fractions of both signs
+        point, stack = {"e": math.e, "i": 1j, "π": math.pi}, ["", *tokens[::-1]]
+        for position, name in enumerate(names):
+            n = random.Random(f"{index}{name}").randint(2, 20)
+            point[name] = Fraction(2 * n + index) if index < 3 else Fraction(n * (-1) ** (position + 1 >> index - 3), 8)
+        try:
+            value = read(stack, point)
+            values.append(None if len(stack) > 1 or (index > 2 and "j" in repr(value)) else spell(value))
+        except Exception:  # nothing a model writes may stop the training
+            values.append(None)
+    return values if values.count(None) < 6 else None
 
 def is_equiv(a, b):
-    return bool(a) and a == b
+    """Whether two answers are equal. An unreadable one equals only the same string, an empty one nothing. Ours."""
+    a, b = normalize_answer(a), normalize_answer(b)
+    for mark, pattern in OPTIONAL.items():
+        if (mark in a) != (mark in b) and len({*re.findall(pattern, f"{a},{b}")}) == 1:
+            a, b = re.sub(pattern, "", a), re.sub(pattern, "", b)
+    same = [x == y for x, y in zip(read_answer(a) or (), read_answer(b) or ()) if x and y]
+    return a == b != "" or (len(same) > 2 and all(same))
 
 def reward_fn(completion, answer):
-    box = extract_boxed(completion)
-    return float(box is not None and is_equiv(box, str(answer)))
+    """1.0 if the last box equals the answer (or one of a list; each may be a text with a box), else 0.0. Ours."""
+    candidate = extract_boxed(completion)
+    golds = map(str, answer if isinstance(answer, (list, tuple, set)) else [answer])
+    golds = [(extract_boxed(gold) or "") if re.search(r"\\(boxed|fbox)", gold) else gold for gold in golds]
+    return float(candidate is not None and any(is_equiv(candidate, gold) for gold in golds))
 
 # ------------------------------------------------------------------------------------------------------------- the tree
 

@@ -1,18 +1,19 @@
 """The study: TreeRPO, GRPO, GSPO and TreeAdv on the bundled task and three variants of it, at equal sampled tokens.
 
-    python experiments/compare.py            # everything: up to 3 hours on 2 cores; stop it and start it again as you like
+    python experiments/compare.py            # everything, up to 3 hours on 2 cores; stop and start it as you like
     python experiments/compare.py --quick    # under 5 minutes: two seeds, short runs, the bundled task only
     python experiments/compare.py --table    # the tables in Markdown, from the lines that are there
 
 Every finished job is one JSON line in experiments/results/compare.jsonl and is not done again. The parts, in order:
-  credit   label each line of sampled answers right or wrong with the task's own checker; how well does the advantage tell
-           them apart (AUC: the chance that a random right line has a higher one than a random wrong line)? No training
+  credit   label each line of sampled answers right or wrong with the task's own checker; how well does the advantage
+           tell them apart (AUC: the chance that a random right line has a higher one than a random wrong line)?
   tune     learning rate of each system, on seeds that no other part uses
   curves   the four systems on the bundled task
+  factors  one change at a time: tree shape, level weight, advantage, normaliser
   regimes  longer chains of rarely wrong steps; answers that open with a restatement; few training questions
-  factors  one change at a time: tree shape, level weight, advantage, normaliser, two updates on each batch
-What is held equal: every arm takes as many questions into a batch as make about the same number of sampled tokens, so all
-have about the same number of updates for the same tokens. Accuracy is read off each curve at the same tokens.
+  twice    two updates on each batch, where the ratio and its clip matter; credit on the longer chains
+What is held equal: every arm takes as many questions into a batch as make about the same number of sampled tokens, so
+all have about the same number of updates for the same tokens. Accuracy is read off each curve at the same tokens.
 """
 import argparse
 import contextlib
@@ -40,10 +41,12 @@ DEFAULT = "4 2 2 2"
 SYSTEMS = {"treerpo": ("treerpo", DEFAULT, ""), "grpo": ("grpo", "8", ""), "gspo": ("gspo", "8", ""),
            "treeadv": ("treeadv", "8/4", "")}
 FACTORS = {"default": SYSTEMS["treerpo"], "grpo": SYSTEMS["grpo"],
-           "levels": ("treerpo", DEFAULT, "--level-weight levels"), "leaves": ("treerpo", DEFAULT, "--advantage leaves"),
-           "both": ("treerpo", DEFAULT, "--advantage both"), "std": ("treerpo", DEFAULT, "--normalizer std"),
-           "none": ("treerpo", DEFAULT, "--normalizer none"), "8 2 2 2": ("treerpo", "8 2 2 2", ""),
-           "8 2": ("treerpo", "8 2", ""), "2 2 2 2": ("treerpo", "2 2 2 2", ""), "4 4 4 4": ("treerpo", "4 4 4 4", ""),
+           "levels": ("treerpo", DEFAULT, "--level-weight levels"),
+           "leaves": ("treerpo", DEFAULT, "--advantage leaves"), "both": ("treerpo", DEFAULT, "--advantage both"),
+           "std": ("treerpo", DEFAULT, "--normalizer std"), "none": ("treerpo", DEFAULT, "--normalizer none"),
+           "8 2 2 2": ("treerpo", "8 2 2 2", ""),
+           "8 2": ("treerpo", "8 2", ""), "2 2 2 2": ("treerpo", "2 2 2 2", ""),
+           "4 4 4 4": ("treerpo", "4 4 4 4", ""),
            "4 4 4 4 levels": ("treerpo", "4 4 4 4", "--level-weight levels"),
            "4 4 4 4 leaves": ("treerpo", "4 4 4 4", "--advantage leaves")}
 TWICE = {f"{name}, two updates": (algo, shape, f"{flags} --updates-per-batch 2") for name, (algo, shape, flags) in
@@ -73,7 +76,6 @@ def start_worker():
     import torch
     torch.set_num_threads(1)
 
-
 def work(job):
     """One job -> the line of the results file; all workers are alike, so a job's seed decides its numbers."""
     clock = time.process_time()
@@ -81,13 +83,11 @@ def work(job):
         line = dict(make=make_base, sizes=measure_sizes, credit=measure_credit, run=train_once)[job["kind"]](**job)
     return {**line, "cpu_total": round(time.process_time() - clock, 1)}
 
-
 def make_base(base, folder, **job):
     import make_demo
     Path(folder).mkdir(parents=True, exist_ok=True)
     make_demo.main([*BASES[base], "--out", folder])
     return {}
-
 
 def open_base(folder):
     """-> (model, tokenizer, decoding, questions of train.jsonl with their prompts, tokens of the longest answer)."""
@@ -100,14 +100,12 @@ def open_base(folder):
     limit = max(make_demo.max_answer_tokens(tokenizer, row) for row in rows)
     return model, tokenizer, treerpo.make_decoding(model, tokenizer, 1.0, 2048), rows, limit
 
-
 def step_lengths(shape, limit, opening=0):
-    """Tokens of a step at each level: even, and the longest answer fits; behind a first level of width 1, the opening."""
+    """Tokens of a step at each level: even, and the longest answer fits; a first level of width 1 is the opening."""
     depth = len(shape.split())
     if shape.startswith("1 "):
         return [opening] + [math.ceil((limit - opening) / (depth - 1))] * (depth - 1)
     return [math.ceil(limit / depth)] * depth
-
 
 def sample(model, rows, shape, lengths, decoding):
     """-> forests, one list of roots for each of the rows."""
@@ -120,10 +118,8 @@ def sample(model, rows, shape, lengths, decoding):
         roots = treerpo.sample_trees(model, prompts, list(map(int, shape.split())), lengths, decoding)
     return [[root for root in roots if root.question == i] for i in range(len(rows))]
 
-
 def sampled_tokens(forests):
     return sum(len(node.tokens) for forest in forests for root in forest for node in root.walk() if node.parent)
-
 
 def measure_sizes(base, folder, **job):
     """Sampled tokens per question of every shape on this base; of the restated opening, the shortest length."""
@@ -137,16 +133,16 @@ def measure_sizes(base, folder, **job):
         if shape.startswith("1 ") and not opening:
             continue
         few = rows[:96 if len(shape) < 6 else 24]
-        sizes[shape] = sampled_tokens(sample(model, few, shape, step_lengths(shape, limit, opening), decoding)) / len(few)
+        lengths = step_lengths(shape, limit, opening)
+        sizes[shape] = sampled_tokens(sample(model, few, shape, lengths, decoding)) / len(few)
     return dict(limit=limit, opening=opening, sizes=sizes)
-
 
 def line_advantages(forest, row, tokenizer):
     """Every labelled line of the forest's answers, once: (right?, mean advantage of its tokens, is it decisive?).
 
     A line is decisive if no line before it is wrong: behind an error the answer is lost, and nothing written there can
-    earn or cost a reward. A line belongs to the tokens that write it, wherever the tree cut them into steps; answers that
-    share all of a line's tokens share the line.
+    earn or cost a reward. A line belongs to the tokens that write it, wherever the tree cut them into steps; answers
+    that share all of a line's tokens share the line.
     """
     import make_demo
     import treerpo
@@ -167,13 +163,11 @@ def line_advantages(forest, row, tokenizer):
             decisive = decisive and right
     return list(lines.values())
 
-
 def auc(pairs):
     """[(right?, score)] -> the chance that a right one scores above a wrong one, ties half."""
     scores = sorted(score for right, score in pairs if not right)
     wins = [bisect_left(scores, s - 1e-9) + bisect_right(scores, s + 1e-9) for right, s in pairs if right]
     return sum(wins) / (2 * len(wins) * len(scores))
-
 
 def measure_credit(folder, shape, seed, n_questions, **job):
     import torch
@@ -199,9 +193,9 @@ def measure_credit(folder, shape, seed, n_questions, **job):
         later = [advantage for _, advantage, decisive in lines if not decisive]
         rules[name] = dict(
             auc=auc(first), auc_all=auc([line[:2] for line in lines]), decisive=len(first), later=len(later),
-            silent=sum(abs(a) < 1e-12 for _, a in first) / len(first), noise=sum(abs(a) > 1e-12 for a in later) / len(later))
+            silent=sum(abs(a) < 1e-12 for _, a in first) / len(first),
+            noise=sum(abs(a) > 1e-12 for a in later) / len(later))
     return dict(tokens=sampled_tokens(forests), rules=rules)
-
 
 def train_once(folder, data, arm, seed, lr, questions, steps, evals, lengths, **job):
     """A whole run of treerpo.py; its evaluations are replaced by one that also measures length, lines and CPU time."""
@@ -240,8 +234,8 @@ def train_once(folder, data, arm, seed, lr, questions, steps, evals, lengths, **
     else:
         flags += ["--branching", *shape.split()]
     flags += ["--step-len", *map(str, lengths), "--eval-every", str(math.ceil(steps / evals))]
-    flags += "--eval-questions 256 --eval-samples 2 --save-every 1000000 --keep 1 --max-rows 2048 --pack-len 512".split()
-    flags += ["--template", "none", "--dtype", "float32", "--device", "cpu"]
+    flags += "--eval-questions 256 --eval-samples 2 --save-every 1000000 --max-rows 2048 --pack-len 512".split()
+    flags += "--template none --dtype float32 --device cpu".split()
     try:
         with tempfile.TemporaryDirectory() as out:
             status = treerpo.main(["--model", f"{folder}/model", "--data", data, "--eval-data", f"{folder}/test.jsonl",
@@ -290,17 +284,18 @@ class Study:
         path.write_text("".join(rows), encoding="utf-8")
         return str(path)
 
-    def job(self, kind, *key, **job):
-        return dict(kind=kind, key="/".join(map(str, key)), **job)
+    def job(self, kind, part, base, *key, **job):
+        """A job; its key says all that makes it differ from others and is the identity of its line in the results."""
+        key = "/".join(map(str, (part, base, *key)))
+        return dict(kind=kind, key=key, part=part, base=base, folder=str(self.folder(base)), **job)
 
     def runs(self, part, base, arms, seeds, lrs=(None,)):
-        """Training runs, seed by seed, so that a study cut short has all arms. lr None: the tuned one of the arm's algo."""
+        """Training runs, seed by seed, so that a study cut short has all arms. lr None: the tuned one of the algo."""
         jobs = []
         for seed in seeds:
             for lr in lrs:
                 for arm in arms:
-                    job = self.job("run", part, base, arm, lr or "tuned", seed, part=part, base=base, arm=arm, seed=seed,
-                                   folder=str(self.folder(base)))
+                    job = self.job("run", part, base, arm, lr or "tuned", seed, arm=arm, seed=seed)
                     size = self.lines.get(f"sizes/{'demo' if base == 'few' else base}")
                     if size:  # not yet, when jobs are only counted
                         algo, shape, _ = ARMS[arm]
@@ -308,8 +303,9 @@ class Study:
                         questions = max(1, round(budget / size["sizes"][shape]))
                         updates = UPDATES.get(base, UPDATES.get(part, OTHER_UPDATES))
                         steps = round(updates * budget / (questions * size["sizes"][shape]))
-                        job.update(questions=questions, steps=steps, evals=self.size["evals"], lr=lr or self.tuned(algo),
-                                   lengths=step_lengths(shape, size["limit"], size["opening"]), data=self.data(base))
+                        job.update(questions=questions, steps=steps, evals=self.size["evals"], data=self.data(base),
+                                   lr=lr or self.tuned(algo),
+                                   lengths=step_lengths(shape, size["limit"], size["opening"]))
                     jobs.append(job)
         return jobs
 
@@ -330,32 +326,30 @@ class Study:
         for seed in seeds:
             for shape in shapes:
                 n = max(1, round(self.size["credit_tokens"] / size["sizes"][shape])) if size else 0
-                jobs.append(self.job("credit", "credit", base, shape, seed, part="credit", base=base, shape=shape, seed=seed,
-                                     n_questions=n, folder=str(self.folder(base))))
+                jobs.append(self.job("credit", "credit", base, shape, seed, shape=shape, seed=seed, n_questions=n))
         return jobs
 
     def phases(self):
         """Lists of jobs; each list needs the results of those before it."""
         seeds = self.size["seeds"]
-        sizes = lambda base: self.job("sizes", "sizes", base, base=base, folder=str(self.folder(base)))
-        yield lambda: [sizes("demo")]
+        yield lambda: [self.job("sizes", "sizes", "demo")]
         yield lambda: self.credit("demo", CREDIT[::2] if self.quick else CREDIT, seeds)
         yield lambda: self.runs("tune", "demo", SYSTEMS, self.size["tune_seeds"], LRS)
         yield lambda: self.runs("curves", "demo", SYSTEMS, seeds)
         if self.quick:
             return
         yield lambda: self.runs("factors", "demo", FACTORS, seeds)
-        yield lambda: [self.job("make", "make", base, base=base, folder=str(self.folder(base))) for base in BASES
+        yield lambda: [self.job("make", "make", base) for base in ("long", "restate")
                        if not (self.folder(base) / "model").exists()]
-        yield lambda: [sizes("long"), sizes("restate")]
-        yield lambda: (self.runs("regimes", "long", SYSTEMS | LEAVES, seeds) + self.runs("regimes", "few", SYSTEMS, seeds)
-                       + self.runs("regimes", "restate", SYSTEMS | LEAVES | SHARED, seeds))
+        yield lambda: [self.job("sizes", "sizes", base) for base in ("long", "restate")]
+        yield lambda: [job for base, arms in (("long", SYSTEMS | LEAVES), ("restate", SYSTEMS | LEAVES | SHARED),
+                                              ("few", SYSTEMS)) for job in self.runs("regimes", base, arms, seeds)]
         yield lambda: self.runs("twice", "demo", TWICE, seeds) + self.credit("long", CREDIT[1::2], seeds)
 
     def do(self, workers, parts):
         from tqdm import tqdm
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        wanted = lambda jobs: [job for job in jobs if not parts or job.get("part") in (None, *parts)]
+        wanted = lambda jobs: [job for job in jobs if not parts or job["part"] in ("sizes", "make", *parts)]
         bar = tqdm(total=sum(len(wanted(phase())) for phase in self.phases()), unit="job", smoothing=0)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, start_worker) as pool, self.file.open("a", encoding="utf-8") as file:
@@ -365,31 +359,28 @@ class Study:
                 bar.update(len(jobs) - len(waiting))
                 for future in as_completed(waiting):
                     job = {name: value for name, value in waiting[future].items() if name not in ("folder", "data")}
-                    self.lines[job["key"]] = line = {**job, **future.result()}
-                    line["flags"] = line.get("flags", "")
-                    file.write(json.dumps(line) + "\n")
+                    self.lines[job["key"]] = {**job, **future.result()}
+                    file.write(json.dumps(self.lines[job["key"]]) + "\n")
                     file.flush()
                     bar.set_postfix_str(job["key"])
                     bar.update()
         bar.close()
 
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to do")
-    group.add_argument("--quick", action="store_true", help="the form of under 5 minutes, with a results file of its own")
+    group.add_argument("--quick", action="store_true", help="the form of under 5 minutes, results in quick.jsonl")
     group.add_argument("--table", action="store_true", help="only print the tables")
     group.add_argument("--parts", nargs="+", choices=PARTS, help="only these parts")
     group.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
     group = parser.add_argument_group("files")
-    group.add_argument("--results", help="JSON lines (default experiments/results/compare.jsonl, quick.jsonl if --quick)")
+    group.add_argument("--results", help="file of JSON lines (default experiments/results/compare.jsonl)")
     group.add_argument("--demo", default=HERE.parent / "demo", help="folder of the bundled base model (default demo)")
-    group.add_argument("--cache", default=HERE / "cache", help="folder for base models made here (default experiments/cache)")
+    group.add_argument("--cache", default=HERE / "cache", help="folder of the bases made here (default experiments/cache)")
     group.add_argument("--variants", help="folder with ready base models, long/ and restate/")
     args = parser.parse_args(argv)
     args.results = args.results or HERE / "results" / ("quick.jsonl" if args.quick else "compare.jsonl")
     return args
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -400,7 +391,6 @@ def main(argv=None):
             report.figures(study)
     print(report.tables(study))
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
