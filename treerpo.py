@@ -181,7 +181,8 @@ def load_questions(source, question_column=None, answer_column=None):
         require(isinstance(question, str) and question.strip(), f"{place}: the question must be text: {question!r:.80}")
         require(readable, f"{place}: the answer must be text or a number and not empty: {answer!r:.80}")
         questions.append({"id": number, "question": question, "answer": answer})
-        unreadable += [f"{place}: {gold}" for gold in golds if not is_readable(gold)]
+        for gold in (extract_boxed(str(gold)) or str(gold) for gold in golds):
+            unreadable += [] if gold.isdigit() or read_answer(normalize_answer(gold)) else [f"{place}: {gold}"]
     if unreadable:
         print(f"{len(unreadable)} answers match only the identical text, the first is {unreadable[0]!r:.150}")
     return questions
@@ -693,8 +694,8 @@ def from_pretrained(kind, name, **options):
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights and tokenizer, or "
-                       "a hub id that is reachable or in the local cache") from e
+        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
+                       "or a hub id that is reachable or in the local cache") from e
 
 def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
     """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""

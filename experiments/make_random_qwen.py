@@ -3,28 +3,26 @@
     python experiments/make_random_qwen.py --size 1.5b --out runs/random-1.5b       # 3 GB in bfloat16
 
 Speed and memory are those of the real model; the text is noise. Random weights rarely stop early, so that nearly every
-tree is full: the worst case. The tokenizer knows made-up words w0, w1, ...; every other word is <unk>.
+tree is full: the worst case. The tokenizer reads a text as one token a byte.
 """
 import argparse
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 SIZES = {"1.5b": dict(hidden=1536, layers=28, heads=12, kv_heads=2, ffn=8960, vocab=151936),
          "0.5b": dict(hidden=896, layers=24, heads=14, kv_heads=2, ffn=4864, vocab=151936),
-         "tiny": dict(hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=512)}
+         "tiny": dict(hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=1024)}
 PADDING = 271  # ids at the end of Qwen's embedding matrix that its tokenizer does not know: 151,936 - 151,665
 
 
-def make_tokenizer(words):
-    """<unk>, then w1 ... : ids below `words`; the EOS is id `words`."""
-    vocab = {"<unk>": 0, **{f"w{i}": i for i in range(1, words)}, "<|endoftext|>": words}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|endoftext|>",
-                                   pad_token="<unk>", padding_side="left")
+def make_tokenizer(known):
+    """Qwen's own kind, byte-level, without merges: 256 bytes, made-up words, and the EOS as id known - 1."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(alphabet + [f"w{i}" for i in range(len(alphabet), known - 1)])}
+    return Qwen2Tokenizer(vocab=vocab | {"<|endoftext|>": known - 1}, merges=[], padding_side="left")
 
 
 def make_model(hidden, layers, heads, kv_heads, ffn, vocab, eos=None, dtype=torch.float32, seed=0):
@@ -52,7 +50,7 @@ def main():
     known = shape["vocab"] - PADDING
     model = make_model(**shape, eos=known - 1, dtype=torch.bfloat16, seed=args.seed)
     model.save_pretrained(args.out)
-    make_tokenizer(known - 1).save_pretrained(args.out)
+    make_tokenizer(known).save_pretrained(args.out)
     size = sum(p.stat().st_size for p in Path(args.out).iterdir()) / 1e9
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {size:.2f} GB")
 
