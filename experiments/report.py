@@ -211,7 +211,7 @@ def draw_tree(demo, path):
         if node["parent"] is not None:
             axis.plot([x - 2.6 + 0.55, x - 0.15], [place[node["parent"]], y], color="grey", lw=0.8, zorder=0)
         sign = "grey" if abs(node["advantage"]) < 1e-9 else "#1b3a6b" if node["advantage"] > 0 else "#d9730d"
-        text = node["text"].strip("\n").replace("\\boxed", "\\\\boxed" if False else "\\boxed").replace("\n", "  ⏎  ")
+        text = node["text"].strip("\n").replace("\n", "  ⏎  ")
         label = f"reward {node['reward']:.2f}" + (f"   advantage {node['advantage']:+.2f}" if node["parent"] is not None else "")
         axis.text(x - 0.1, y, f"{text or 'question'}\n{label}", fontsize=6.5, va="center", parse_math=False, color="black",
                   bbox=dict(boxstyle="round,pad=0.35", fc=str(1 - 0.35 * node["reward"]), ec=sign,
