@@ -427,8 +427,8 @@ def generate_step(model, state, max_new_tokens, decoding):
     """Continue every row by one step with HF generate. -> ([R] (tokens, done, entropies), state after the step)."""
     ids, mask, cache = state
     # a clean config on the model too: what is unset here would come from the checkpoint's own (penalties, top_k, ...)
-    eos = [*decoding.eos_ids]
-    clean = GenerationConfig(do_sample=decoding.temperature > 0, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
+    eos, drawn = [*decoding.eos_ids], decoding.temperature > 0
+    clean = GenerationConfig(do_sample=drawn, temperature=1.0, top_k=0 if drawn else 50, top_p=1.0, use_cache=True,
                              max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos[0])
     policy, (original, model.generation_config) = OnPolicy(decoding), (model.generation_config, clean)
     try:
