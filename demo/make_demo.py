@@ -12,15 +12,15 @@ The task. A question is a chain of operations on one number; the answer writes o
     \\boxed{94}
 
 A prompt is the bare question. The answer begins with its own newline, so stripping the question changes nothing.
-Every number stays within 1..99, on wrong paths too, and so the longest answer is known (`max_answer_tokens`).
+Every number stays within 1..99, on wrong paths too, and so the longest answer in style is known (`max_answer_tokens`).
 
 The base model. RL can only strengthen what is sampled now and then, so the base is taught the right behaviour together
 with flaws, in two phases of supervised training:
   1. clean   every line is right: the model learns the arithmetic
   2. flawed  each line is on its own careful or careless; a careful line (So, Thus) is right 95 % of the time,
              a careless one (Maybe) 20 %; a few answers come before the last operation; some lines carry a filler word
-Errors are thus random at every line, one wrong line loses the answer, and the task itself knows which line it was
-(`check_lines`). Noise from the start would hide the arithmetic from so small a model; hence the order.
+Errors are thus random at every line, a wrong line usually loses the answer (two errors may cancel), and the task itself
+knows which line it was (`check_lines`). Noise from the start would hide the arithmetic from so small a model; hence the order.
 No question of train.jsonl or test.jsonl, whatever its names and nouns, is ever shown in either phase.
 
 Training runs for a number of steps, on one thread, from one seed: the same versions on the same kind of processor make
