@@ -22,7 +22,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only cost, here and in subprocesses
+
+import datasets  # noqa: E402
 import pytest
 import torch
 from safetensors.torch import load_file
