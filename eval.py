@@ -156,7 +156,7 @@ def make_job(name, model, tokenizer, benchmark, questions, args):
         model=shown(name), revision=revision(name, model), benchmark=benchmark, problems=len(questions),
         dataset=shown(BENCHMARKS.get(benchmark, [benchmark])[0]), prompts_too_long=len(questions) - len(fit),
         fingerprint=sha(*(json.dumps([q["question"], q["answer"]]) for q in questions)), max_new_tokens=budget,
-        template=tokenizer.chat_template if template == "chat" else template, samples=args.samples,
+        template=template, samples=args.samples,
         decoding=f"temperature {args.temperature:g}" if args.temperature else "greedy", seed=args.seed,
         max_rows=args.max_rows, eos_ids=[*decoding.eos_ids], vocabulary=decoding.n_tokens, dtype=args.dtype,
         torch=torch.__version__, transformers=transformers.__version__, python=sys.version.split()[0],

@@ -71,40 +71,21 @@ evaluation and output
   --dump-trees          str    -  =  write every node as a JSON line to this file
 Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.
 """
-import argparse
-import copy
-import json
-import math
-import operator
-import os
-import random
-import re
-import resource
-import shutil
-import signal
-import sys
-import time
-import urllib.request
-from collections import Counter
-from dataclasses import dataclass, field, replace
+import argparse, copy, json, math, operator, os, random, re, resource, shutil, signal, sys, time, urllib.request
+from collections import Counter, namedtuple
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
-import datasets
-import huggingface_hub
-import torch
+import datasets, huggingface_hub, torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 HERE = Path(__file__).resolve().parent
-DEPTH_1, DEMO_DEPTH_1 = dict(branching=[32], step_len=[1152]), dict(branching=[8], step_len=[56])  # all but treerpo
-ALGOS = dict(treerpo={}, grpo={}, gspo=dict(ratio="sequence", clip_eps=4e-4),
-             treeadv=dict(branch_at="entropy", advantage="leaves"))
-# What a resumed run may change: it decides what fits and what is shown, not what is learned.
-MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree dump_trees out resume".split()
 
 class BadInput(ValueError):
     """Something the user gave cannot work; the message names it and the fix. Exit status 2."""
@@ -114,24 +95,23 @@ def require(condition, message):
         raise BadInput(message)
 
 # --------------------------------------------------------------------------------------------------- prompts and data
-
 QWEN_MATH = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
              "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")  # Qwen2.5-Math's own evaluation prompt
 
 def load_template(name, tokenizer):
-    """--template -> a text with {question} in it, or "chat" for the tokenizer's chat template. Raises BadInput."""
+    """--template -> a text with {question} in it. Raises BadInput."""
     name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
-    known = {"qwen-math": QWEN_MATH, "none": "{question}", **({"chat": "chat"} if tokenizer.chat_template else {})}
+    known = {"qwen-math": QWEN_MATH, "none": "{question}"}
+    if tokenizer.chat_template:
+        turns, how = [{"role": "user", "content": "{question}"}], dict(tokenize=False, add_generation_prompt=True)
+        known["chat"] = tokenizer.apply_chat_template(turns, **how).removeprefix(tokenizer.bos_token or "")  # encode adds it
     text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
-    require(text == "chat" or "{question}" in text, f"--template {name}: not {'/'.join(known)} or a {{question}} file")
+    require("{question}" in text, f"--template {name}: not {'/'.join(known)} or a file with {{question}} in it")
     return text
 
 def build_prompt(question, template, tokenizer):
     """Question -> prompt token ids, in training and evaluation alike."""
-    if template != "chat":
-        return tokenizer.encode(template.replace("{question}", question))
-    turns = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    return tokenizer.encode(template.replace("{question}", question))
 
 def use_hub_or_cache():
     """If the hub does not answer, look only into its local cache: at once, not after minutes of retries."""
@@ -141,24 +121,19 @@ def use_hub_or_cache():
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 def read_rows(source):
-    """A .jsonl, .json or .parquet file or a hub data set ID[:CONFIG[:SPLIT]] -> list of rows. Raises BadInput."""
+    """A .jsonl, .json or .parquet file or a hub data set ID[:CONFIG[:SPLIT]] -> rows. Raises BadInput."""
     suffix, line = Path(source).suffix, 0
     try:
         if suffix == ".jsonl":
-            rows = [json.loads(text) for text in open(source, "rb") if (line := line + 1)]
-        elif suffix == ".json":
-            rows = json.loads(Path(source).read_bytes())
-        elif suffix == ".parquet":
-            rows = datasets.Dataset.from_parquet(source, keep_in_memory=True)
-        else:
-            use_hub_or_cache()
-            name, config, split = (source.split(":") + ["", ""])[:3]
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
+            return [json.loads(text) for text in open(source, "rb") if (line := line + 1) and text.strip()]
+        if suffix in (".json", ".parquet"):
+            return json.loads(Path(source).read_bytes()) if suffix == ".json" else datasets.Dataset.from_parquet(source)
+        use_hub_or_cache()
+        name, config, split = f"{source}::".split(":")[:3]
+        return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as e:  # a dozen unrelated types say "not there", "not reachable" or "not readable"
-        raise BadInput(f"cannot read {source}{f' line {line}' if line else ''} ({type(e).__name__}: {e!s:.200}); give "
+        raise BadInput(f"cannot read {source}{f' line {line}' * bool(line)} ({type(e).__name__}: {e!s:.200}); it takes "
                        "a .jsonl, .json or .parquet file, or a hub id that is reachable or in the local cache") from e
-    require(isinstance(rows, (list, datasets.Dataset)) and len(rows), f"{source}: it must hold a list of objects")
-    return rows
 
 def pick(row, place, wanted, usual):
     """The row's value in the wanted column, else in the first usual one it has, in whatever case. Raises BadInput."""
@@ -167,24 +142,27 @@ def pick(row, place, wanted, usual):
     require(found, f"{place}: no {wanted or '/'.join(usual)} in columns {[*columns]}; name it by --{usual[0]}-column")
     return row[columns[found[0]]]
 
-def load_questions(source, question_column=None, answer_column=None):
+def load_questions(source, question_column=None, answer_column=None, skip_unanswered=False):
     """-> [{"id": row number from 0, "question": str, "answer": str, number or list}]. Raises BadInput."""
-    questions, unreadable = [], []
-    for number, row in enumerate(read_rows(source)):
+    questions, odd, rows = [], [], read_rows(source)
+    for number, row in enumerate(rows):
         place = f"{source} row {number + 1}"
         question = pick(row, place, question_column, ["question", "problem"])
         answer = pick(row, place, answer_column, ["answer", "final_answer", "solution"])
-        if isinstance(answer, str) and "####" in answer:  # GSM8K writes the reasoning, then #### and the answer
-            answer = answer.rsplit("####", 1)[1].strip()
-        golds = answer if isinstance(answer, list) and answer else [answer]
-        readable = all(type(gold) in (str, int, float) and str(gold).strip() for gold in golds)
+        if isinstance(answer, str):  # GSM8K writes the reasoning, then #### and the answer
+            answer = answer.rsplit("####", 1)[-1].strip()
+        golds = answer if isinstance(answer, list) else [answer]
+        known = golds and all(type(gold) in (str, int, float) and str(gold).strip() for gold in golds)
         require(isinstance(question, str) and question.strip(), f"{place}: the question must be text: {question!r:.80}")
-        require(readable, f"{place}: the answer must be text or a number and not empty: {answer!r:.80}")
-        questions.append({"id": number, "question": question, "answer": answer})
-        for gold in (extract_boxed(str(gold)) or str(gold) for gold in golds):
-            unreadable += [] if gold.isdigit() or read_answer(normalize_answer(gold)) else [f"{place}: {gold}"]
-    if unreadable:
-        print(f"{len(unreadable)} answers match only the identical text, the first is {unreadable[0]!r:.150}")
+        require(known or skip_unanswered, f"{place}: the answer must be text or a number, not {answer!r:.80}")
+        if known:
+            questions.append({"id": number, "question": question, "answer": answer})
+            golds = [extract_boxed(gold) or gold for gold in map(str, golds)]
+            odd += [gold for gold in golds if not (gold.isdigit() or read_answer(normalize_answer(gold)))]
+    require(questions, f"{source}: no question is in it")
+    if odd or len(questions) < len(rows):
+        print(f"{source}: {len(rows) - len(questions)} rows without an answer left out, {len(odd)} answers match only "
+              f"the same text: {odd[:3]}")
     return questions
 
 def fit_context(questions, name, template, tokenizer, budget, context):
@@ -193,8 +171,7 @@ def fit_context(questions, name, template, tokenizer, budget, context):
         q["prompt"] = build_prompt(q["question"], template, tokenizer)
     kept = [q for q in questions if 0 < len(q["prompt"]) <= context - budget]
     require(kept, f"{name}: no question fits, depth x --step-len takes {budget} of {context} tokens; lower --step-len")
-    if len(kept) < len(questions):
-        print(f"{name}: {len(questions) - len(kept)} of {len(questions)} questions left out, too long for the context")
+    print(f"{name}: {len(kept)} questions, {len(questions) - len(kept)} left out as too long for the context")
     return kept
 
 # -------------------------------------------------------------------------------------------------- verifiable reward
@@ -338,7 +315,6 @@ def reward_fn(completion, answer):
     return float(candidate is not None and any(is_equiv(candidate, gold) for gold in golds))
 
 # ------------------------------------------------------------------------------------------------------------- the tree
-
 @dataclass(eq=False)
 class Node:
     """One step: a segment of tokens that continues its parent's path. The root holds the prompt."""
@@ -357,9 +333,7 @@ class Node:
 
     def walk(self):
         """This node and all below it, depth-first, parents before children."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
+        return [self, *(node for child in self.children for node in child.walk())]
 
     def leaves(self):
         return [node for node in self.walk() if not node.children]
@@ -384,37 +358,20 @@ def render_tree(node, tokenizer, indent=""):
     return "\n".join(lines + [render_tree(child, tokenizer, indent + "    ") for child in node.children])
 
 # -------------------------------------------------------------------------------------------------------- tree sampling
-
-@dataclass(frozen=True)
-class Decoding:
-    """How to sample: exactly softmax(logits / temperature) over the tokenizer's ids; temperature 0 is greedy."""
-    eos_ids: tuple           # each of them ends a rollout
-    n_tokens: int            # ids from here on only pad the embedding matrix: never sampled or scored
-    temperature: float = 1.0
-    max_rows: int = 512      # sequences of one generate call
-
-class OnPolicy(LogitsProcessor):
-    """The only logits processor: cuts off ids beyond the tokenizer, applies the temperature, notes the entropy."""
-    def __init__(self, decoding):
-        self.n_tokens, self.temperature, self.entropies = decoding.n_tokens, decoding.temperature or 1.0, []
-
-    def __call__(self, input_ids, scores):
-        scores[:, self.n_tokens:] = -math.inf
-        scores = scores / self.temperature
-        self.entropies.append(torch.special.entr(scores.softmax(-1)).sum(-1))  # H = -sum_a pi(a) log pi(a)
-        return scores
+# How to sample: exactly softmax(logits / temperature) over the tokenizer's ids; temperature 0 is greedy. eos_ids: each
+# ends a rollout; ids from n_tokens on only pad the embedding matrix; max_rows: sequences of one generate call.
+Decoding = namedtuple("Decoding", "eos_ids n_tokens temperature max_rows", defaults=(1.0, 512))
 
 def prefill(model, sequences, pad_id):
     """R token lists -> state: (ids [R, T] left-padded, mask [R, T], KV cache of the first T - 1 positions). The last
     token stays out: `generate` feeds it itself; given a cache of all T it would feed the whole prompt again."""
     model.eval()  # in train mode, gradient checkpointing drops the cache without a word
-    length = max(map(len, sequences))
+    length = max(2, *map(len, sequences))  # at least one column for the cache
     ids = torch.tensor([[pad_id] * (length - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences], device=model.device)
     cache, positions = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
-    if length > 1:
-        model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-                            past_key_values=cache, use_cache=True)
+    model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
+                        past_key_values=cache, use_cache=True)
     return ids, mask, cache
 
 def select_rows(state, rows):
@@ -425,24 +382,27 @@ def select_rows(state, rows):
 
 def generate_step(model, state, max_new_tokens, decoding):
     """Continue every row by one step with HF generate. -> ([R] (tokens, done, entropies), state after the step)."""
-    ids, mask, cache = state
+    (ids, mask, cache), eos, drawn, entropies = state, [*decoding.eos_ids], decoding.temperature > 0, []
+    def on_policy(_, scores):  # the only logits processor
+        scores[:, decoding.n_tokens:] = -math.inf
+        scores = scores / (decoding.temperature or 1.0)
+        entropies.append(torch.special.entr(scores.softmax(-1)).sum(-1))  # H = -sum_a pi(a) log pi(a)
+        return scores
     # a clean config on the model too: what is unset here would come from the checkpoint's own (penalties, top_k, ...)
-    eos, drawn = [*decoding.eos_ids], decoding.temperature > 0
     clean = GenerationConfig(do_sample=drawn, temperature=1.0, top_k=0 if drawn else 50, top_p=1.0, use_cache=True,
                              max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos[0])
-    policy, (original, model.generation_config) = OnPolicy(decoding), (model.generation_config, clean)
-    try:
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=clean,
-                             logits_processor=[policy])
-    finally:
-        model.generation_config = original
-    new = out[:, ids.shape[1]:]
-    ended = torch.isin(new, torch.tensor(eos, device=new.device))
-    done = ended.any(1)
-    lengths = torch.where(done, ended.int().argmax(1) + 1, new.shape[1])  # behind its first EOS a row is padding
-    columns = (new, lengths, done, torch.stack(policy.entropies, 1))
-    steps = [(tokens[:n], end, h[:n]) for tokens, n, end, h in zip(*(column.tolist() for column in columns))]
+    original, model.generation_config = model.generation_config, clean
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, logits_processor=[on_policy])
+    model.generation_config = original
+    new, steps = out[:, ids.shape[1]:], []
+    for tokens, h in zip(new.tolist(), torch.stack(entropies, 1).tolist()):
+        n = next((i for i, token in enumerate(tokens, 1) if token in eos), None)  # behind its first EOS is padding
+        steps.append((tokens[:n], n is not None, h[:n]))
     return steps, (out, torch.cat([mask, torch.ones_like(new)], 1), cache)
+
+def add_child(parent, tokens, done, entropies):
+    parent.children.append(Node(tokens, parent, done=done, entropies=entropies))
+    return parent.children[-1]
 
 def grow(model, nodes, rows, state, branching, step_lens, decoding):
     """Give every node its children, level by level; nodes[i] lives in row rows[i] of state. A frontier wider than
@@ -451,9 +411,7 @@ def grow(model, nodes, rows, state, branching, step_lens, decoding):
     for start in range(0, len(wanted), decoding.max_rows):
         chunk = wanted[start:start + decoding.max_rows]
         steps, child_state = generate_step(model, select_rows(state, [rows[i] for i in chunk]), step_lens[0], decoding)
-        children = [Node(tokens, nodes[i], done=done, entropies=h) for i, (tokens, done, h) in zip(chunk, steps)]
-        for child in children:
-            child.parent.children.append(child)
+        children = [add_child(nodes[i], *step) for i, step in zip(chunk, steps)]
         live = [row for row, child in enumerate(children) if not child.done]
         if live and branching[1:]:
             grow(model, [children[row] for row in live], live, child_state, branching[1:], step_lens[1:], decoding)
@@ -470,90 +428,77 @@ def sample_trees(model, prompts, branching, step_lens, decoding):
         grow(model, group, range(len(group)), state, branching, step_lens, decoding)
     return roots
 
-def split_step(node, t):
-    """Cut a step before its token t >= 1: the node keeps the head, a new only child takes all the rest."""
-    tail = Node(node.tokens[t:], node, node.children, node.done, entropies=node.entropies[t:])
-    for child in tail.children:
-        child.parent = tail
-    node.tokens, node.children, node.done, node.entropies = node.tokens[:t], [tail], False, node.entropies[:t]
-
 @torch.no_grad()
 def sample_forests(model, prompts, leaves, trees, budget, threshold, decoding):
     """TreeAdv's sampler: `trees` first rollouts a prompt, then forks where they were uncertain; `leaves` rollouts in
     all, of up to `budget` tokens. Forks: the positions of highest entropy above threshold (nats), one round of them
     [ours]; where there are too few, fresh rollouts fill up. -> roots, one a tree, grouped by prompt."""
-    roots, empty = [], []  # empty: (node to fill, the tokens it may take)
+    roots, forks = [], []  # forks: (node to continue, the tokens that may take)
     for first in sample_trees(model, prompts, [trees], [budget], decoding):
         spots = [(h, k, t) for k, step in enumerate(first.children) for t, h in enumerate(step.entropies)]
         spots = sorted((spot for spot in spots if spot[0] > threshold), reverse=True)[:leaves - trees]
         forest = [Node(first.tokens, question=first.question) for _ in range(leaves - len(spots))]
-        for root, rollout in zip(forest, first.children):
-            root.children, rollout.parent = [rollout], root
-        forks = [(forest[k], t) for _, k, t in spots] + [(root, 0) for root in forest[trees:]]
-        for root, t in sorted(forks, key=lambda fork: -fork[1]):  # the last first, so that earlier positions stay valid
-            head = root.children[0] if t else root
-            if t:
-                split_step(head, t)
-            head.children.append(Node([], head))
-            empty.append((head.children[-1], budget - t))
+        for k, (node, rollout) in enumerate(zip(forest, first.children)):  # cut the rollout at its forks
+            cuts = sorted(t for _, j, t in spots if j == k)
+            for start, end in zip([0, *cuts], [*cuts, len(rollout.tokens)]):
+                if end > start:
+                    node = add_child(node, rollout.tokens[start:end], False, rollout.entropies[start:end])
+                forks += [(node, budget - end)] if end < len(rollout.tokens) else []
+            node.done = rollout.done
+        forks += [(root, budget) for root in forest[trees:]]
         roots += forest
-    empty.sort(key=lambda pair: -pair[1])  # prefixes of about one length together
-    for start in range(0, len(empty), decoding.max_rows):
-        chunk = empty[start:start + decoding.max_rows]
-        prefixes = [[token for step in node.parent.path() for token in step.tokens] for node, _ in chunk]
-        steps, _ = generate_step(model, prefill(model, prefixes, decoding.eos_ids[0]), chunk[0][1], decoding)
-        for (node, limit), (tokens, done, entropies) in zip(chunk, steps):
-            node.tokens, node.done, node.entropies = tokens[:limit], done and len(tokens) <= limit, entropies[:limit]
+    forks.sort(key=lambda fork: -fork[1])  # prefixes of about one length together
+    for start in range(0, len(forks), decoding.max_rows):
+        nodes, limits = zip(*forks[start:start + decoding.max_rows])
+        prefixes = [[token for step in node.path() for token in step.tokens] for node in nodes]
+        state = prefill(model, prefixes, decoding.eos_ids[0])
+        grow(model, nodes, range(len(nodes)), state, [1], [limits[0]], decoding)
+        for new, n in zip((node.children[-1] for node in nodes), limits):
+            new.tokens, new.done, new.entropies = new.tokens[:n], new.done and len(new.tokens) <= n, new.entropies[:n]
     return roots
 
 # -------------------------------------------------------------------------------------------------------- reward backup
-
 def backup_rewards(node):
     """Fill node.reward from the leaves up, return it. A leaf keeps its own; an inner node takes the mean of its
     children's (the paper's rule), which is not the mean of its leaves where a branch ended early."""
     if node.children:
-        node.reward = sum(backup_rewards(child) for child in node.children) / len(node.children)
+        node.reward = fmean(backup_rewards(child) for child in node.children)
     return node.reward
 
 # ---------------------------------------------------------------------------------------- step-level groups, advantages
-
-def group_relative_advantages(rewards, normalizer):
-    """Rewards [n] of one group -> advantages [n], float64, sum 0; all 0 if the rewards have no spread. std: (r - mu) /
-    population std; none: r - mu; bernoulli, r in [0, 1]: (r - mu) / sqrt(mu (1 - mu)) [ours: std for 0/1 rewards, but
-    near-ties stay small]."""
-    rewards = rewards.double()
-    mu = rewards.mean()
-    if rewards.max() - rewards.min() < 1e-9:  # equal but for rounding
+def group_relative_advantages(rewards, normalizer, min_group_std=0.0):
+    """Rewards [n] of one group -> advantages [n], float64, sum 0; all 0 if their population std is at most
+    min_group_std [ours]. std: (r - mu) / population std; none: r - mu; bernoulli, r in [0, 1]: (r - mu) /
+    sqrt(mu (1 - mu)) [ours: std for 0/1 rewards, but near-ties stay small]. Raises ValueError."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    mu, std = rewards.mean(), rewards.std(correction=0)
+    if std <= max(min_group_std, 1e-9):  # 1e-9: equal but for rounding
         return torch.zeros_like(rewards)
     if normalizer == "bernoulli" and (rewards.min() < 0 or rewards.max() > 1):
         raise ValueError("the bernoulli normaliser needs rewards in [0, 1]")
-    scales = {"bernoulli": (mu * (1 - mu)).sqrt(), "std": rewards.std(correction=0), "none": 1.0}
-    return (rewards - mu) / scales[normalizer]
-
-def compare(nodes, normalizer, min_group_std):
-    """Advantages of the nodes of one group; zeros if the rewards' population std is at most min_group_std [ours]."""
-    rewards = torch.tensor([node.reward for node in nodes], dtype=torch.float64)
-    pruned = rewards.std(correction=0) <= min_group_std
-    return [0.0] * len(nodes) if pruned else group_relative_advantages(rewards, normalizer).tolist()
+    return (rewards - mu) / {"bernoulli": (mu * (1 - mu)).sqrt(), "std": std, "none": 1.0}[normalizer]
 
 def add_sibling_advantages(forest, normalizer, min_group_std=0.0):
     """TreeRPO's step-level groups: node.advantage += its advantage among its siblings. -> has each group a signal?"""
     signals = []
-    for parent in (node for root in forest for node in root.walk() if node.children):
-        group = compare(parent.children, normalizer, min_group_std)
-        for child, advantage in zip(parent.children, group):
-            child.advantage += advantage
-        signals.append(any(group))
+    for siblings in (node.children for root in forest for node in root.walk() if node.children):
+        group = group_relative_advantages([node.reward for node in siblings], normalizer, min_group_std)
+        for node, advantage in zip(siblings, group.tolist()):
+            node.advantage += advantage
+        signals.append(bool(group.any()))
     return signals
 
 def add_leaf_advantages(forest, normalizer, min_group_std=0.0):
     """TreeAdv: compare all leaves of a question; node.advantage += the plain mean [ours] over the leaves below it."""
     leaves = [leaf for root in forest for leaf in root.leaves()]
-    own = dict(zip(leaves, compare(leaves, normalizer, min_group_std)))
+    group = group_relative_advantages([leaf.reward for leaf in leaves], normalizer, min_group_std)
+    own = dict(zip(leaves, group.tolist()))
     for node in (node for root in forest for node in root.walk() if node.parent):
-        below = node.leaves()
-        node.advantage += math.fsum(own[leaf] for leaf in below) / len(below)
-    return [any(own.values())]
+        node.advantage += fmean(own[leaf] for leaf in node.leaves())
+    return [bool(group.any())]
+
+ADVANTAGES = {"siblings": [add_sibling_advantages], "leaves": [add_leaf_advantages],
+              "both": [add_sibling_advantages, add_leaf_advantages]}
 
 def unit_weights(nodes, level_weight, ratio):
     """{depth: loss weight of a unit there}; a unit is a token, or a step under sequence ratios. The weights of all
@@ -565,42 +510,36 @@ def unit_weights(nodes, level_weight, ratio):
     return {d: 1 / (units.total() if level_weight == "tokens" else len(units) * n) for d, n in units.items()}
 
 # -------------------------------------------------------------------------------------------- packed log-probs and loss
-
 def pack_nodes(roots, pack_len):
     """Put every trained node into a pack once, behind its ancestors. -> packs, each {node: is it scored here?}. A pack
     holds at most pack_len tokens, unless one path is longer. Depth-first order keeps siblings together, so that an
     ancestor is seldom computed again; where it is, it is context only."""
-    packs, size = [], math.inf
+    packs = [{}]
     for node in (node for root in roots for node in root.walk() if node.trained):
-        missing = [step for step in node.path() if not packs or step not in packs[-1]]
-        if size + sum(len(step.tokens) for step in missing) > pack_len:
+        joined = packs[-1] | {step: False for step in node.path() if step not in packs[-1]}
+        if packs[-1] and sum(len(step.tokens) for step in joined) > pack_len:
             packs.append({})
-            size, missing = 0, node.path()
-        packs[-1].update(dict.fromkeys(missing, False))
-        packs[-1][node] = True
-        size += sum(len(step.tokens) for step in missing)
+            joined = dict.fromkeys(node.path(), False)
+        packs[-1] = joined | {node: True}
     return packs
 
 def pack_tensors(pack, device):
     """A pack -> one row of T tokens, of which M in S steps are scored. ids, positions [1, T]; mask [1, 1, T, T], True
     where a token may look: itself, earlier tokens of its step, ancestors; predictors [M]: the column whose output
     predicts a scored token; targets [M]: that token; segments [M]: its step, < S."""
-    related = torch.eye(len(pack), dtype=torch.bool)  # [k, j]: node j is node k or an ancestor of it
-    ids, positions, owner, predictors, targets, segments = [], [], [], [], [], []
-    index, last = {}, {}  # of a node: its number, the column of its last token
+    ids, positions, owner, predictors, targets, segments, last = [], [], [], [], [], [], {}
     for k, (node, scored) in enumerate(pack.items()):
-        start, length = len(ids), len(node.tokens)
+        start, end = len(ids), len(ids) + len(node.tokens)
         offset = positions[last[node.parent]] + 1 if node.parent else 0
-        index[node], last[node] = k, start + length - 1
-        if node.parent:
-            related[k] |= related[index[node.parent]]
         if scored:
-            predictors += [last[node.parent], *range(start, start + length - 1)]
+            predictors += [last[node.parent], *range(start, end - 1)]
             targets += node.tokens
-            segments += [segments[-1] + 1 if segments else 0] * length
+            segments += [segments[-1] + 1 if segments else 0] * len(node.tokens)
+        last[node] = end - 1  # its last column
         ids += node.tokens
-        positions += range(offset, offset + length)
-        owner += [k] * length
+        positions += range(offset, offset + end - start)
+        owner += [k] * (end - start)
+    related = torch.tensor([[step in path for step in pack] for path in (set(node.path()) for node in pack)])
     row = dict(ids=[ids], positions=[positions], predictors=predictors, targets=targets, segments=segments,
                mask=related[owner][:, owner].tril()[None, None])
     return SimpleNamespace(**{name: torch.as_tensor(value, device=device) for name, value in row.items()})
@@ -631,16 +570,14 @@ def policy_loss(logps, old_logps, segments, advantages, weights, clip_eps, ratio
     return -(weights * torch.min(plain, clipped)).sum(), (clipped < plain).sum().item(), len(r)
 
 # --------------------------------------------------------------------------------------------------------------- update
-
-def update_policy(model, optimizer, trees, weights, decoding, *, pack_len, clip_eps, ratio, updates, autocast):
+def update_policy(model, optimizer, trees, weights, decoding, autocast, pack_len, clip_eps, ratio, updates):
     """`updates` optimiser steps on one batch of trees -> grad_norm and clip_ratio of the last, skipped. weights: see
     unit_weights. Old log-probs are those of the first pass, before any step: with one pass every ratio is 1. A pass
     whose loss or gradient is not finite never reaches the weights: skipped."""
-    packs, old_logps, result = pack_nodes(trees, pack_len), {}, dict(grad_norm=0.0, clip_ratio=0.0, skipped=False)
+    packs, old_logps, metrics = pack_nodes(trees, pack_len), {}, dict(grad_norm=0.0, clip_ratio=0.0, skipped=False)
     model.train(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))  # works in train mode only
-    for _ in range(updates if packs else 0):
-        optimizer.zero_grad()
-        total, clipped, units = 0.0, 0, 0
+    for _ in range(updates if packs[0] else 0):
+        sums = torch.zeros(3)  # loss, clipped units, units
         for k, pack in enumerate(packs):
             row, scored = pack_tensors(pack, model.device), [node for node in pack if pack[node]]
             advantages = torch.tensor([node.advantage for node in scored], device=model.device)
@@ -648,23 +585,22 @@ def update_policy(model, optimizer, trees, weights, decoding, *, pack_len, clip_
             with autocast:
                 logps = token_logps(model, row, decoding.temperature, decoding.n_tokens)
             old = old_logps.setdefault(k, logps.detach())
-            loss, n_clipped, n = policy_loss(logps, old, row.segments, advantages, weight, clip_eps, ratio)
+            loss, *counts = policy_loss(logps, old, row.segments, advantages, weight, clip_eps, ratio)
             loss.backward()
-            total, clipped, units = total + loss.item(), clipped + n_clipped, units + n
+            sums += torch.tensor([loss.item(), *counts])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        result = dict(grad_norm=norm, clip_ratio=clipped / units, skipped=not math.isfinite(total + norm))
-        if result["skipped"]:
-            result["grad_norm"] = None
-            break
-        optimizer.step()
-    optimizer.zero_grad()
-    return result
+        finite = math.isfinite(sums[0] + norm)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        metrics = dict(grad_norm=norm if finite else None, clip_ratio=(sums[1] / sums[2]).item(),
+                       skipped=metrics["skipped"] or not finite)
+    return metrics
 
 def copy_weights(source, target):
     """Make the sampling copy follow the trained weights, rounded to its own precision."""
     if target is not source:
-        for p, q in zip(target.parameters(), source.parameters()):
-            p.data.copy_(q.data)
+        target.load_state_dict(source.state_dict())
 
 def grade(trees, questions, tokenizer):
     """Fill the reward of every leaf by the verifier. -> (leaves, their texts)."""
@@ -676,22 +612,20 @@ def grade(trees, questions, tokenizer):
 
 def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
     """Held-out accuracy, avg@samples at temperature 1 and greedy, on a random stream of its own."""
-    accuracy = {}
+    accuracy, prompts = {}, [q["prompt"] for q in questions]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, width, temperature in (("eval/accuracy", samples, 1.0), ("eval/greedy_accuracy", 1, 0.0)):
-            prompts, how = [q["prompt"] for q in questions], replace(decoding, temperature=temperature)
-            leaves, _ = grade(sample_trees(model, prompts, [width], [budget], how), questions, tokenizer)
-            accuracy[name] = sum(leaf.reward for leaf in leaves) / len(leaves)
+            trees = sample_trees(model, prompts, [width], [budget], decoding._replace(temperature=temperature))
+            leaves, _ = grade(trees, questions, tokenizer)
+            accuracy[name] = fmean(leaf.reward for leaf in leaves)
     return accuracy
 
 # ------------------------------------------------------------------------------------------ model, checkpoint and log
-
 def from_pretrained(kind, name, **options):
     """kind.from_pretrained(name) for a folder, hub or cache. Raises BadInput."""
-    if not os.path.isdir(name):
-        use_hub_or_cache()
     try:
+        os.path.isdir(name) or use_hub_or_cache()
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as e:
         raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
@@ -716,11 +650,11 @@ def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
 
 def make_decoding(model, tokenizer, temperature, max_rows):
     """Stop at the EOS ids of model, generation config and tokenizer, and at the end of a chat turn."""
-    vocabulary, stops = tokenizer.get_vocab(), []
-    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        stops += eos if isinstance(eos, list) else [eos]
-    eos_ids = tuple(sorted({*stops, vocabulary.get("<|im_end|>")} - {None}))
-    return Decoding(eos_ids, min(max(vocabulary.values()) + 1, model.config.vocab_size), temperature, max_rows)
+    vocabulary = tokenizer.get_vocab()
+    stops = [model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id]
+    stops = sum((eos if isinstance(eos, list) else [eos] for eos in stops), [vocabulary.get("<|im_end|>")])
+    n_tokens = min(max(vocabulary.values()) + 1, model.config.vocab_size)
+    return Decoding(tuple(sorted({*stops} - {None})), n_tokens, temperature, max_rows)
 
 def append_jsonl(path, rows):
     with open(path, "a", encoding="utf-8") as file:
@@ -735,11 +669,11 @@ def drop_later_steps(path, step):
 
 def tree_rows(trees, batch, step, tokenizer):
     """Every node as a dict for --dump-trees; ids count through the step, a root's tokens are the prompt."""
-    ids = {node: i for i, node in enumerate(node for root in trees for node in root.walk())}
-    return [dict(step=step, question_id=batch[root.question]["id"], answer=batch[root.question]["answer"], tree=tree,
-                 id=ids[node], parent=ids.get(node.parent), depth=node.depth, tokens=node.tokens, done=node.done,
-                 text=step_text(node, tokenizer), reward=node.reward, advantage=node.advantage, trained=node.trained)
-            for tree, root in enumerate(trees) for node in root.walk()]
+    nodes = [(tree, batch[root.question], node) for tree, root in enumerate(trees) for node in root.walk()]
+    ids, names = {node: i for i, (*_, node) in enumerate(nodes)}, "depth tokens done reward advantage trained".split()
+    return [dict(step=step, question_id=q["id"], answer=q["answer"], tree=tree, id=i, parent=ids.get(node.parent),
+                 text=step_text(node, tokenizer), **{name: getattr(node, name) for name in names})
+            for i, (tree, q, node) in enumerate(nodes)]
 
 def checkpoints(out):
     """Checkpoint folders of a run, oldest first."""
@@ -760,16 +694,17 @@ def newest_checkpoint(out):
             return folder
         print(f"{folder} is damaged: a file is missing or has another size than when it was saved", file=sys.stderr)
 
-def save_checkpoint(out, step, model, tokenizer, state, keep):
+def save_checkpoint(out, model, tokenizer, optimizer, last, keep):
     """OUT/checkpoint-STEP: a plain Hugging Face folder plus trainer_state.pt, written aside and then renamed, so that a
-    kill or a full disk leaves the earlier ones whole. Raises OSError."""
-    final, aside = Path(out) / f"checkpoint-{step}", Path(out) / "checkpoint.tmp"
+    kill or a full disk leaves the earlier ones whole. last: the newest metrics, with the step. Raises OSError."""
+    final, aside = Path(out) / f"checkpoint-{last['step']}", Path(out) / "checkpoint.tmp"
     for folder in (aside, final):  # left by a kill; damaged
         shutil.rmtree(folder, ignore_errors=True)
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        torch.save(state, aside / "trainer_state.pt")
+        torch.save(dict(optimizer=optimizer.state_dict(), last=last, rng=torch.get_rng_state(),
+                        cuda_rng=torch.cuda.get_rng_state_all()), aside / "trainer_state.pt")
         (aside / "manifest.json").write_text(json.dumps({p.name: p.stat().st_size for p in aside.iterdir()}))
         aside.rename(final)
     except Exception as e:  # torch and safetensors have types of their own for a full disk
@@ -779,6 +714,11 @@ def save_checkpoint(out, step, model, tokenizer, state, keep):
         shutil.rmtree(old.rename(aside))  # renamed first: no half-deleted folder looks like a checkpoint
 
 # --------------------------------------------------------------------------------------------------------------- main
+ALGOS = {"treerpo": {}, "grpo": {}, "gspo": dict(ratio="sequence", clip_eps=4e-4),
+         "treeadv": dict(branch_at="entropy", advantage="leaves")}
+# What a resumed run may change: it decides what fits and what is shown, not what is learned.
+MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree dump_trees resume".split()
+SHOWN = "step reward eval/accuracy tok_per_s eval/greedy_accuracy frac_reward_zero_std clip_ratio skipped".split()
 
 def above_zero(kind):
     """An argparse type: a finite number above zero."""
@@ -794,33 +734,31 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = dict(count=above_zero(int), counts=above_zero(int), real=above_zero(float), float=float, int=int)
     hub, demo = {}, {}
-    for line in re.findall(r"^  (--.*)", __doc__, re.M):
-        flag, kind, default, demo_default, _ = re.split(" +", line, maxsplit=4)
-        read, demo_default = kinds.get(kind, str), demo_default.replace("demo/", f"{HERE}/demo/")
-        how = dict(type=read, choices=kind.split("|") if "|" in kind else None, nargs="+" if kind == "counts" else None)
-        how = dict(action="store_true") if kind == "flag" else how
-        name = parser.add_argument(flag, help=argparse.SUPPRESS, **how).dest
-        for table, text in ((hub, default), (demo, default if demo_default == "=" else demo_default)):
-            values = [read(value) for value in text.split(",")] if text != "-" else [None]
-            table[name] = values if kind == "counts" else values[0]
-    given = parser.parse_args(argv)  # None where a flag is not given
-    defaults, algo = hub if given.model else demo, given.algo or "treerpo"
-    defaults.update(ALGOS[algo], **({} if algo == "treerpo" else DEPTH_1 if given.model else DEMO_DEPTH_1))
-    if given.data:
-        defaults["eval_data"] = None
-    if given.resume:
+    for flag, kind, default, own in re.findall(r"^  (--\S+) +(\S+) +(\S+) +(\S+)", __doc__, re.M):
+        read, many = kinds.get(kind, str), kind == "counts"
+        how = dict(type=read, nargs="+" if many else None, choices=kind.split("|") if "|" in kind else None)
+        how = how if kind != "flag" else dict(action="store_true")
+        name = parser.add_argument(flag, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **how).dest
+        for table, text in (hub, default), (demo, default if own == "=" else own.replace("demo/", f"{HERE}/demo/")):
+            table[name] = None if text == "-" else [*map(read, text.split(","))] if many else read(text)
+    given = vars(parser.parse_args(argv))
+    args, algo = hub if "model" in given else demo, given.get("algo", "treerpo")
+    if algo != "treerpo":  # one level of whole answers
+        args |= dict(branching=[args["leaves"]], step_len=[args["step_len"][0] * len(args["branching"])], **ALGOS[algo])
+    if "data" in given:
+        args["eval_data"] = None
+    if "resume" in given:
         try:
-            defaults = json.loads((Path(given.resume) / "config.json").read_text()) | {"out": given.resume}
+            args = json.loads((Path(given["resume"]) / "config.json").read_text()) | {"out": given["resume"]}
         except (OSError, ValueError) as e:
-            raise BadInput(f"--resume {given.resume}: there is no run in that folder ({e})") from e
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    other = [name for name, value in vars(args).items() if given.resume and value != defaults[name]
-             and (name not in MAY_CHANGE or name == "steps" and value < defaults[name])]
-    require(not other, f"--resume: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
+            raise BadInput(f"--resume {given['resume']}: there is no run in that folder ({e})") from e
+        other = [name for name in given if given[name] != args[name] and name not in MAY_CHANGE]
+        other += ["steps"] if given.get("steps", math.inf) < args["steps"] else []
+        require(not other, f"--resume: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
+    args = SimpleNamespace(**args | given)
     one_level = args.algo in ("grpo", "gspo") or args.branch_at == "entropy"
-    require(len(args.step_len) in (1, len(args.branching)), "--step-len: give one number, or one for each --branching")
     require(not one_level or len(args.branching) == 1, "--branching: grpo, gspo and entropy branching take one number")
+    require(len(args.step_len) in (1, len(args.branching)), "--step-len: give one number, or one for each --branching")
     require(args.trees <= args.leaves, "--trees must be at most --leaves")
     require(0 <= args.min_group_std < math.inf, "--min-group-std must be 0 or more")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA GPU; use --device cpu")
@@ -829,12 +767,9 @@ def parse_args(argv):
 def open_run(args):
     """-> (output folder, its newest checkpoint if resumed). Raises BadInput if it is taken or cannot be written."""
     out = Path(args.out or f"runs/{args.algo}-{time.strftime('%Y%m%d-%H%M%S')}")
-    while not args.out and out.exists():
-        out = out.with_name(out.name + "b")  # a second run in the same second
-    require(args.resume or not (out / "config.json").exists(), f"--out {out}: there is a run in it; continue it with "
-            f"--resume {out} or choose another folder")
+    require(args.resume or not (out / "config.json").exists(), f"--out {out}: it holds a run; continue it by --resume")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=bool(args.out))  # of two runs begun in one second the later one is refused
         (out / "config.tmp").write_text(json.dumps({**vars(args), "out": str(out), "resume": None}, indent=1))
         open(args.dump_trees or os.devnull, "a").close()
     except OSError as e:
@@ -851,103 +786,91 @@ def batch_of(questions, step, size, seed):
 
 def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, args):
     """The algorithm of the module docstring on one batch of questions -> (metrics, trees)."""
-    start, prompts = time.perf_counter(), [q["prompt"] for q in batch]
+    start, prompts, signals = time.perf_counter(), [q["prompt"] for q in batch], []
     if args.branch_at == "fixed":                                                                         # 1. grow
         trees = sample_trees(sampler, prompts, args.branching, step_lens, decoding)
     else:
         trees = sample_forests(sampler, prompts, args.leaves, args.trees, *step_lens, args.entropy_threshold, decoding)
-    grown, signals = time.perf_counter(), []
+    grown = time.perf_counter()
     leaves, texts = grade(trees, batch, tokenizer)                                                        # 2. verify
     verified = time.perf_counter()
-    reward = sum(map(backup_rewards, trees)) / len(trees)                                                 # 3. back up
+    reward = fmean(map(backup_rewards, trees))                                                            # 3. back up
     for _, forest in groupby(trees, key=lambda root: root.question):                                      # 4. compare
         forest = list(forest)
-        if args.advantage in ("siblings", "both"):
-            signals += add_sibling_advantages(forest, args.normalizer, args.min_group_std)
-        if args.advantage in ("leaves", "both"):
-            signals += add_leaf_advantages(forest, args.normalizer, args.min_group_std)
+        for add_advantages in ADVANTAGES[args.advantage]:
+            signals += add_advantages(forest, args.normalizer, args.min_group_std)
     nodes = [node for root in trees for node in root.walk() if node.parent]
+    weights = unit_weights(nodes, args.level_weight, args.ratio)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=sampler is not model)
-    update = update_policy(model, optimizer, trees, unit_weights(nodes, args.level_weight, args.ratio), decoding,
-                           pack_len=args.pack_len, clip_eps=args.clip_eps, ratio=args.ratio,
-                           updates=args.updates_per_batch, autocast=autocast)                             # 5. update
+    update = update_policy(model, optimizer, trees, weights, decoding, autocast, args.pack_len, args.clip_eps,
+                           args.ratio, args.updates_per_batch)                                            # 5. update
     copy_weights(model, sampler)
     end, tokens = time.perf_counter(), sum(len(node.tokens) for node in nodes)
-    return {"reward": reward, "frac_reward_zero_std": 1 - sum(signals) / len(signals),
-            "completions/mean_length": sum(len(n.tokens) for leaf in leaves for n in leaf.path()[1:]) / len(leaves),
-            "completions/clipped_ratio": sum(not leaf.done for leaf in leaves) / len(leaves),
-            "no_answer_ratio": sum(extract_boxed(text) is None for text in texts) / len(leaves),
-            "entropy": math.fsum(h for node in nodes for h in node.entropies) / tokens, "tokens_sampled": tokens,
-            "tok_per_s": tokens / (end - start), "time_sample": grown - start, "time_score": verified - grown,
-            "time_update": end - verified, **update}, trees
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"reward": reward, "frac_reward_zero_std": 1 - fmean(signals), "tokens_sampled": tokens,
+            "completions/mean_length": fmean(sum(len(n.tokens) for n in leaf.path()[1:]) for leaf in leaves),
+            "completions/clipped_ratio": fmean(not leaf.done for leaf in leaves),
+            "no_answer_ratio": fmean(extract_boxed(text) is None for text in texts),
+            "entropy": fmean(h for node in nodes for h in node.entropies), "tok_per_s": tokens / (end - start),
+            "time_sample": grown - start, "time_score": verified - grown, "time_update": end - verified,
+            "peak_mem_gb": (torch.cuda.max_memory_allocated() or resident) / 1e9, **update}, trees
 
 def train(args):
-    """A whole run: load, evaluate, take the steps, log, save. -> exit status."""
+    """A whole run: load, then step by step train, evaluate, log and save. -> exit status."""
     columns, _ = (args.question_column, args.answer_column), from_pretrained(AutoTokenizer, args.model)  # fails early
     questions = load_questions(args.data, *columns)
-    held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[:len(questions) // 5 + 1]
-    questions = questions if args.eval_data or len(questions) < 5 else questions[len(held_out):]
+    held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[::5]
+    questions = questions if args.eval_data else [q for i, q in enumerate(questions) if i % 5] or questions
     out, resumed = open_run(args)
     model, sampler, tokenizer = load_model(str(resumed or args.model), args.device, args.dtype, args.grad_checkpointing)
     decoding = make_decoding(model, tokenizer, args.temperature, args.max_rows)
-    step_lens = args.step_len if len(args.step_len) > 1 else args.step_len * len(args.branching)
+    step_lens = (args.step_len * len(args.branching))[:len(args.branching)]
     fit = load_template(args.template, tokenizer), tokenizer, sum(step_lens), model.config.max_position_embeddings
     questions = fit_context(questions, args.data, *fit)
     held_out = fit_context(held_out[:args.eval_questions], "held-out questions", *fit)
-    on_gpu = model.device.type == "cuda"  # there, the fused step needs no second copy of the weights
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=model.device.type == "cuda")  # no second copy of the weights while it steps
     torch.manual_seed(args.seed)
-    done, tokens_sampled, bad_steps, accuracy, interrupts = -1, 0, 0, math.nan, []
+    last = dict(step=-1, tokens_sampled=0, skipped=0)  # the newest metrics
     if resumed:
         state = torch.load(resumed / "trainer_state.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-        done, tokens_sampled, bad_steps = state["counts"]
+        last = state["last"]
     for path in filter(None, (out / "metrics.jsonl", args.dump_trees)):
-        drop_later_steps(path, done)
+        drop_later_steps(path, last["step"])
     (out / "config.tmp").rename(out / "config.json")
 
+    stops = []  # Ctrl-C: the run ends after this step
     def on_interrupt(signum, frame):
-        interrupts.append(signal.signal(signum, signal.default_int_handler))
+        stops.append(signal.signal(signum, signal.default_int_handler))
         print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
     signal.signal(signal.SIGINT, on_interrupt)
-    print(f"{out}: {f'continuing after step {done}' if resumed else 'a new run'} on {len(questions)} questions")
-    for step in (bar := tqdm(range(done + 1, args.steps + 1), desc=args.algo)):
-        row, line = {"step": step}, f"step {step}"
+    print(f"{out}: {'continuing after' if resumed else 'a new run,'} step {last['step']}")
+    for step in (bar := tqdm(range(last["step"] + 1, args.steps + 1), desc=args.algo)):
+        row = {"step": step}
         if step:  # step 0 is the evaluation before training
             batch = batch_of(questions, step, args.questions_per_step, args.seed)
-            optimizer.param_groups[0]["lr"] = lr = args.lr * min(1.0, step / 5)
+            optimizer.param_groups[0]["lr"] = row["lr"] = args.lr * min(1.0, step / 5)
             metrics, trees = train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, args)
-            tokens_sampled += metrics["tokens_sampled"]
-            bad_steps = bad_steps + 1 if metrics["skipped"] else 0
-            unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            row.update(metrics, lr=lr, tokens_sampled=tokens_sampled, questions_seen=step * len(batch))
-            row["peak_mem_gb"] = memory / 1e9
-            if metrics["skipped"]:
-                row["skipped_questions"] = [q["id"] for q in batch]
-            if args.dump_trees:
-                append_jsonl(args.dump_trees, tree_rows(trees, batch, step, tokenizer))
+            row |= metrics | dict(skipped=(last["skipped"] + 1) * metrics["skipped"], questions_seen=step * len(batch),
+                                  tokens_sampled=last["tokens_sampled"] + metrics["tokens_sampled"])
+            row |= dict(skipped_questions=[q["id"] for q in batch]) if row["skipped"] else {}
+            append_jsonl(args.dump_trees or os.devnull, tree_rows(trees, batch, step, tokenizer))
             if args.print_tree:
                 tqdm.write(render_tree(trees[0], tokenizer))
-            line += (f": reward {row['reward']:.3f}, groups without signal {row['frac_reward_zero_std']:.0%}, length "
-                     f"{row['completions/mean_length']:.0f}, cut {row['completions/clipped_ratio']:.0%}"
-                     f"{', SKIPPED as not finite' * metrics['skipped']}, {row['tok_per_s']:.0f} tokens/s")
         if step % args.eval_every == 0 or step == args.steps:
-            row.update(evaluate(sampler, tokenizer, held_out, args.eval_samples, sum(step_lens), decoding, args.seed))
-            accuracy = row["eval/accuracy"]
-            line += f", held-out {accuracy:.3f} (greedy {row['eval/greedy_accuracy']:.3f})"
+            row |= evaluate(sampler, tokenizer, held_out, args.eval_samples, sum(step_lens), decoding, args.seed)
+        last |= row
         append_jsonl(out / "metrics.jsonl", [row])
-        tqdm.write(line)
-        bar.set_postfix_str(f"reward {row.get('reward', math.nan):.3f}, held-out {accuracy:.3f}")
-        if step and (step % args.save_every == 0 or step == args.steps or interrupts or bad_steps == 3):
-            state = dict(optimizer=optimizer.state_dict(), counts=[step, tokens_sampled, bad_steps],
-                         rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
-            save_checkpoint(out, step, model, tokenizer, state, args.keep)
-        if bad_steps == 3:
+        tqdm.write(", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row))
+        bar.set_postfix({name: last[name] for name in SHOWN[1:4] if name in last})
+        if step and (step % args.save_every == 0 or step == args.steps or stops or last["skipped"] == 3):
+            save_checkpoint(out, model, tokenizer, optimizer, last, args.keep)
+        if last["skipped"] == 3:
             raise FloatingPointError(f"three steps in a row were not finite; {out} has the weights before; lower --lr")
-        if interrupts:
+        if stops:
             print(f"stopped after step {step}; continue with: python treerpo.py --resume {out}")
             return 130
     return 0
