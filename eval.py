@@ -156,11 +156,10 @@ def make_job(name, model, tokenizer, benchmark, questions, args):
         model=shown(name), revision=revision(name, model), benchmark=benchmark, problems=len(questions),
         dataset=shown(BENCHMARKS.get(benchmark, [benchmark])[0]), prompts_too_long=len(questions) - len(fit),
         fingerprint=sha(*(json.dumps([q["question"], q["answer"]]) for q in questions)), max_new_tokens=budget,
-        template=template, samples=args.samples,
-        decoding=f"temperature {args.temperature:g}" if args.temperature else "greedy", seed=args.seed,
-        max_rows=args.max_rows, eos_ids=[*decoding.eos_ids], vocabulary=decoding.n_tokens, dtype=args.dtype,
-        torch=torch.__version__, transformers=transformers.__version__, python=sys.version.split()[0],
-        device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        template=template, samples=args.samples, seed=args.seed, max_rows=args.max_rows, dtype=args.dtype,
+        decoding=f"temperature {args.temperature:g}" if args.temperature else "greedy", eos_ids=[*decoding.eos_ids],
+        vocabulary=decoding.n_tokens, torch=torch.__version__, transformers=transformers.__version__,
+        python=sys.version.split()[0], device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         code=sha(*((HERE / file).read_text("utf-8") for file in ("eval.py", "treerpo.py"))))
     fixed = {key: value for key, value in protocol.items() if key != "max_rows" or args.temperature}
     slug = re.sub(r"[^\w.]+", "-", f"{shown(name)}-{Path(benchmark).stem}")[-100:].strip("-.")
@@ -249,7 +248,8 @@ def read_benchmarks(args):
     data = {}
     for name in args.benchmarks:
         try:
-            data[name] = load_questions(*BENCHMARKS.get(name, (name, args.question_column, args.answer_column)))
+            columns = BENCHMARKS.get(name, (name, args.question_column, args.answer_column))
+            data[name] = load_questions(*columns, skip_unanswered=True)  # their number is printed
         except BadInput as e:
             if name == "demo" or name not in BENCHMARKS:
                 raise

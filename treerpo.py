@@ -104,7 +104,7 @@ def load_template(name, tokenizer):
     known = {"qwen-math": QWEN_MATH, "none": "{question}"}
     if tokenizer.chat_template:
         turns, how = [{"role": "user", "content": "{question}"}], dict(tokenize=False, add_generation_prompt=True)
-        known["chat"] = tokenizer.apply_chat_template(turns, **how).removeprefix(tokenizer.bos_token or "")  # encode adds it
+        known["chat"] = tokenizer.apply_chat_template(turns, **how).removeprefix(tokenizer.bos_token or "")
     text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
     require("{question}" in text, f"--template {name}: not {'/'.join(known)} or a file with {{question}} in it")
     return text

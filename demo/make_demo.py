@@ -19,8 +19,9 @@ with flaws, in two phases of supervised training:
   1. clean   every line is right: the model learns the arithmetic
   2. flawed  each line is on its own careful or careless; a careful line (So, Thus) is right 95 % of the time,
              a careless one (Maybe) 20 %; a few answers come before the last operation; some lines carry a filler word
-Errors are thus random at every line, a wrong line usually loses the answer (two errors may cancel), and the task itself
-knows which line it was (`check_lines`). Noise from the start would hide the arithmetic from so small a model; hence the order.
+Errors are thus random at every line and always downwards, so that no later error makes up for one: a wrong line loses
+the answer, and the task itself knows which line it was (`check_lines`). Noise from the start would hide the arithmetic
+from so small a model; hence the order.
 No question of train.jsonl or test.jsonl, whatever its names and nouns, is ever shown in either phase.
 
 Training runs for a number of steps, on one thread, from one seed: the same versions on the same kind of processor make
@@ -118,10 +119,10 @@ def write_answer(row, rng, careful, careful_right, careless_right, filler, prema
         marker += " " + rng.choice(FILLERS) if rng.random() < filler else ""
         (sign, operand), result = op, apply_op(value, op)
         if rng.random() >= (careful_right if is_careful else careless_right):
-            # a slip in the result, or an operand misread; only such that the rest of the chain stays in range
-            wrong = [(operand, result + slip) for slip in (-1, 1)]
-            misread = [5 - operand] if sign == "*" else [n for n in (operand - 1, operand + 1) if 2 <= n <= 9]
-            wrong += [(n, apply_op(value, (sign, n))) for n in misread]
+            # A slip in the result or an operand misread, always downwards: no later error can make up for it.
+            wrong = [(operand, result + slip) for slip in (-10, -2, -1)]
+            misread = operand + 1 if sign == "-" else operand - 1
+            wrong += [(misread, apply_op(value, (sign, misread)))] if 2 <= misread <= 9 else []
             wrong = [w for w in wrong if w[1] != result and stays_in_range(w[1], row["ops"][i + 1:])]
             operand, result = rng.choice(wrong) if wrong else (operand, result)
         text += f"\n{marker}:{value}{sign}{operand}={result}"
@@ -168,12 +169,13 @@ EOS = "<|endoftext|>"
 
 
 def build_tokenizer():
-    """Qwen2's own kind of tokenizer (byte-level BPE, single digits), trained so that each word of the task is one token.
+    """Qwen2's own kind of tokenizer (byte-level BPE, single digits), trained so that each word is one token.
 
     Another kind would not survive: for a qwen2 checkpoint AutoTokenizer always builds this class. All 256 bytes are in
     the vocabulary, so any text can be encoded; decoding joins the pieces and loses nothing.
     """
-    words = [*NAMES, *ITEMS, *sum(VERBS.values(), []), *TIMES.values(), *IN_WORDS.values(), *CAREFUL, *CARELESS, *FILLERS]
+    words = [*NAMES, *ITEMS, *sum(VERBS.values(), []), *TIMES.values(), *IN_WORDS.values(), *CAREFUL, *CARELESS,
+             *FILLERS]
     words += "has them How many now Given Plan start".split()
     tokenizer = Qwen2Tokenizer(unk_token=None)  # pad == eos on purpose, as in most base models
     trainer = trainers.BpeTrainer(vocab_size=10_000, special_tokens=[EOS], show_progress=False,
@@ -203,7 +205,8 @@ def train(model, tokenizer, steps, batch_size, lr, next_row, rng, flaws, name):
     """`steps` AdamW steps of next-token prediction on the answers only; the questions are random numbers."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = min(100, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / (steps - warmup)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer,
+                                                 lambda i: min((i + 1) / warmup, (steps - i) / (steps - warmup)))
     bar, average = tqdm(range(steps), desc=name, unit="step"), None
     for _ in bar:
         rows = [next_row() for _ in range(batch_size)]
@@ -234,7 +237,8 @@ def sample_answers(model, tokenizer, rows, samples, max_new_tokens, do_sample=Tr
     out = []
     for at in tqdm(range(0, len(prompts), 512), desc="evaluate", unit="batch"):
         batch = tokenizer(prompts[at : at + 512], return_tensors="pt", padding=True, return_token_type_ids=False)
-        ids = model.generate(**batch, do_sample=do_sample, top_k=0 if do_sample else None, max_new_tokens=max_new_tokens)
+        ids = model.generate(**batch, do_sample=do_sample, top_k=0 if do_sample else None,
+                             max_new_tokens=max_new_tokens)
         for i, new in enumerate(ids[:, batch.input_ids.shape[1] :].tolist()):
             end = new.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in new else len(new)
             out.append((rows[(at + i) // samples], tokenizer.decode(new[:end], skip_special_tokens=True), end))
@@ -242,7 +246,7 @@ def sample_answers(model, tokenizer, rows, samples, max_new_tokens, do_sample=Tr
 
 
 def report(model, tokenizer, rows, samples, limit):
-    """Prints the accuracy of `rows`, sampled and greedy, the share of right lines and the answers' lengths in tokens."""
+    """Prints the accuracy of `rows`, sampled and greedy, the share of right lines, the lengths of the answers."""
     answers = sample_answers(model, tokenizer, rows, samples, limit)
     greedy = sample_answers(model, tokenizer, rows, 1, limit, do_sample=False) if samples else []
     lines = [right for row, text, _ in answers for *_, right in check_lines(row, text)]
@@ -250,7 +254,8 @@ def report(model, tokenizer, rows, samples, limit):
     prompts = [len(tokenizer(row["question"]).input_ids) for row in rows]
     right = [is_correct(row, text) for row, text, _ in answers]
     print(f"sampled accuracy {sum(right) / len(right):.3f} ({len(rows)} questions x {samples}), "
-          f"greedy {sum(is_correct(r, t) for r, t, _ in greedy) / len(greedy):.3f}, right lines {sum(lines) / len(lines):.3f}")
+          f"greedy {sum(is_correct(r, t) for r, t, _ in greedy) / len(greedy):.3f}, "
+          f"right lines {sum(lines) / len(lines):.3f}")
     print(f"answer tokens mean {sum(lengths) / len(lengths):.1f}, max {max(lengths)} (limit {limit}); "
           f"question tokens mean {sum(prompts) / len(prompts):.1f}, max {max(prompts)}")
     print(rows[0]["question"] + answers[0][1])
@@ -260,14 +265,15 @@ def report(model, tokenizer, rows, samples, limit):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("task")
     group.add_argument("--ops", type=int, default=4, help="operations in a question, lines in its answer")
     group.add_argument("--restate", action="store_true", help="answers open with the facts restated and a plan")
     group.add_argument("--train-questions", type=int, default=2000, help="questions in train.jsonl")
     group.add_argument("--test-questions", type=int, default=256, help="questions in test.jsonl")
     group = parser.add_argument_group("flaws of the base model")
-    group.add_argument("--careful", type=float, default=0.5, help="share of careful lines; the others are careless")
+    group.add_argument("--careful", type=float, default=0.64, help="share of careful lines; the others are careless")
     group.add_argument("--careful-right", type=float, default=0.95, help="how often a careful line is right")
     group.add_argument("--careless-right", type=float, default=0.2, help="how often a careless line is right")
     group.add_argument("--filler", type=float, default=0.15, help="share of lines with a filler word")
@@ -278,7 +284,8 @@ def parse_args(argv=None):
     group.add_argument("--clean-steps", type=int, default=3000, help="steps on answers without errors")
     group.add_argument("--flawed-steps", type=int, default=1000, help="steps on flawed answers")
     group.add_argument("--batch-size", type=int, default=32, help="answers in a step")
-    group.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of the clean phase; flawed: a quarter")
+    group.add_argument("--lr", type=float, default=2e-3,
+                       help="peak learning rate of the clean phase; flawed: a quarter")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to")
     group.add_argument("--seed", type=int, default=0, help="seed of the questions, the weights and the training")

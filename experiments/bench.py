@@ -1,159 +1,161 @@
-"""Cost of the tree against what one would do instead, in CPU seconds of one thread: raw lines in results/bench.jsonl.
+"""Speed and memory against what one would run instead. One process an arm, arms alternating, raw lines kept.
 
-    python experiments/bench.py            # all sections, about 10 minutes
-    python experiments/bench.py --quick    # one repeat, small trees, about a minute
-    python experiments/bench.py --table    # medians and ratios from the stored lines
+    python experiments/bench.py --quick        # about two minutes, to see that it runs
+    python experiments/bench.py                # everything, about an hour on one core
+    python experiments/bench.py --sections trl --trl-python .venv_trl/bin/python     # where `pip install trl` was run
+    python experiments/bench.py --sections sampling update step --model runs/random-1.5b --memory-cap 80    # on a GPU
+    python experiments/bench.py --table        # print the newest results again
 
-  sampling   one tree of N^D leaves with cache reuse / every level's prefix computed again / independent rollouts
-  update     forward and backward of that tree: packed / one row per leaf / one row per node
-  counting   tokens forwarded over unique tokens at branching 8 8 8, prompt 200, step 384, packs of 4096 (no model)
-Random Qwen2 weights, no EOS, so that every tree is full. The arms alternate, each in a process of its own.
+Time is CPU seconds of one thread on a CPU, wall time on a GPU, the fastest of up to three runs in a process. Memory is
+the peak above the idle process on a CPU, and all that was allocated, weights included, on a GPU. No rollout ends early,
+so that every arm does the same work. A ratio is arm / first arm of the same repeat: median (smallest-largest).
 """
 import argparse
 import json
-import platform
-import resource
+import math
+import os
 import statistics
 import subprocess
 import sys
-import time
+from datetime import datetime
 from pathlib import Path
 
-import torch
-import transformers
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "bench.jsonl"
-sys.path.insert(0, str(HERE.parent))
-from treerpo import (Decoding, Node, generate_step, pack_nodes, pack_tensors, prefill, sample_trees,  # noqa: E402
-                     token_logps)
+BASE = dict(hidden=128, layers=4, vocab=2000, model=None, branching=[4, 4, 4], step=32, prompt=64, questions=1,
+            max_rows=512, pack_len=512, row_tokens=1024)  # row_tokens: of a micro-batch of plain rows
+SECTIONS = ["sampling", "update", "trl", "scaling", "step"]
+NOTES = ["memory ratio", "forwarded", "unique", "grad norm", "overhead %", "sample s", "x bandwidth limit"]
 
-SIZES = {"4x128": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2),
-         "12x768": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                        num_key_value_heads=4)}
-ARMS = {"sampling": ["cache reuse", "prefix again", "independent"], "update": ["packed", "row per leaf", "row per node"]}
+def case(section, name, arms, bars=None, quick=False, **shape):
+    """bars: {arm: (field, limit)}; a ratio (to the first arm) must be at least its limit, any other field at most."""
+    return dict(section=section, name=name, arms=arms.split(), bars=bars or {}, quick=quick, shape={**BASE, **shape})
 
+def all_cases():
+    n8, wide = dict(branching=[8, 8, 8]), dict(hidden=768, layers=12, pack_len=1024)
+    sampling, update = "tree depth_1 recompute independent", "packed leaf_rows node_rows"
+    yield case("sampling", "4 x 128, branching 4 4 4", sampling, quick=True)
+    bars = dict(recompute=("ratio", 2), independent=("ratio", 2.5))
+    yield case("sampling", "4 x 128, branching 8 8 8", sampling, bars, **n8)
+    yield case("sampling", "12 x 768, branching 4 4 4", sampling, **wide)
+    yield case("update", "4 x 128, branching 4 4 4", update, dict(leaf_rows=("ratio", 2)), quick=True)
+    yield case("update", "12 x 768, branching 4 4 4", update, **wide)
+    yield case("update", "8 8 8, prompt 200, step 384, --pack-len 4096, counted",
+               "count count_leaf_rows count_node_rows", dict(count=("forwarded", 1.2)), quick=True,
+               step=384, prompt=200, pack_len=4096, **n8)
+    for prompt, limit in ((32, 1.6), (256, 3)):
+        yield case("trl", f"2 prompts of {prompt}, 64 leaves, 96 tokens", "step trl", dict(trl=("ratio", limit)),
+                   quick=prompt == 32, prompt=prompt, questions=2, row_tokens=16 * (prompt + 96))
+    base, both = "step 16, 64 leaves", "tree packed"
+    for branching in ([4, 4], [2, 4, 4], [4, 4, 4], [8, 4, 4], [8, 8, 4], [8, 8, 8]):
+        yield case("scaling", f"{math.prod(branching)} leaves, step 16", both, branching=branching, step=16)
+    for name, key, values, arms, shape in (
+            ("step {}, 64 leaves", "step", (16, 32, 64, 128), both, {}),
+            ("{} questions, " + base, "questions", (1, 2, 4, 8), both, dict(step=16)),
+            ("vocabulary {:,}, " + base, "vocab", (2000, 32000, 151936), both, dict(step=16)),
+            ("--max-rows {}, 512 leaves", "max_rows", (512, 128, 32), "tree", n8),
+            ("--pack-len {}, 512 leaves", "pack_len", (512, 1024, 2048, 4096), "packed", n8)):
+        for value in values:
+            yield case("scaling", name.format(value), arms, **{**shape, key: value})
+    yield case("scaling", "vocabulary 151,936, update of 4,000 tokens", "packed full_logits",
+               dict(full_logits=("memory ratio", 3)), vocab=151936, step=47, pack_len=4096)
+    bar = dict(overhead=("overhead %", 5))
+    yield case("step", "4 x 128, 2 questions, 64 leaves", "overhead", bar, quick=True, questions=2)
+    yield case("step", "bundled demo, 32 questions, 32 leaves", "overhead", bar, model="demo/model", questions=32,
+               branching=[4, 2, 2, 2], step=14, max_rows=2048)
 
-def make_model(size):
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=2000, max_position_embeddings=2048, **SIZES[size])).eval()
-    model.set_attn_implementation("sdpa")
-    return model
+def spawn(job, python):
+    """-> the arm's row, or {"error": its last words}."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([python, HERE / "bench_arms.py", json.dumps(job)], capture_output=True, text=True, env=env)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    return dict(error=(done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200])
 
+def spread(values):
+    middle, low, high = (f"{f(values):.3g}" for f in (statistics.median, min, max)) if values else ("",) * 3
+    return middle if low == high else f"{middle} ({low}-{high})"
 
-def sample_again(model, prompt, branching, step, decoding):
-    """The tree without cache reuse: every level is prefilled from its tokens."""
-    level = [prompt]
-    for n in branching:
-        rows = [ids for ids in level for _ in range(n)]
-        steps, _ = generate_step(model, prefill(model, rows, 0), step, decoding)
-        level = [ids + tokens for ids, (tokens, _, _) in zip(rows, steps)]
-
-
-def full_tree(prompt, branching, step):
-    """A tree of random tokens in which every node is trained."""
-    draw = torch.Generator().manual_seed(0)
-    root, level = Node(list(prompt)), []
-    level = [root]
-    for n in branching:
-        for node in level:
-            node.children = [Node(torch.randint(1, 2000, (step,), generator=draw).tolist(), node, advantage=1.0)
-                             for _ in range(n)]
-        level = [child for node in level for child in node.children]
-    return root
-
-
-def rows_of(root, arm):
-    """The update's rows as packs: packed as treerpo.py does, or every leaf path, or every node with its path, a row."""
-    if arm == "packed":
-        return pack_nodes([root], 1024)
-    if arm == "row per leaf":
-        return [dict.fromkeys(leaf.path()[:1], False) | dict.fromkeys(leaf.path()[1:], True) for leaf in root.leaves()]
-    return [dict.fromkeys(node.path()[:-1], False) | {node: True} for node in root.walk() if node.parent]
-
-
-def run_arm(section, arm, size, branching, step, prompt_len):
-    """-> CPU seconds, peak resident MB beyond the model, forwarded over unique tokens (update)."""
-    torch.set_num_threads(1)
-    model, prompt = make_model(size), list(range(1, prompt_len + 1))
-    decoding = Decoding(eos_ids=(2000,), n_tokens=2000, max_rows=512)  # an id that cannot be sampled: trees are full
-    sample_trees(model, [prompt[:4]], [2], [2], decoding)  # warm up
-    idle, ratio = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None
-    start = time.process_time()
-    if section == "sampling":
-        leaves = 1
-        for n in branching:
-            leaves *= n
-        if arm == "cache reuse":
-            sample_trees(model, [prompt], branching, [step] * len(branching), decoding)
-        elif arm == "prefix again":
-            with torch.no_grad():
-                sample_again(model, prompt, branching, step, decoding)
-        else:
-            sample_trees(model, [prompt], [leaves], [step * len(branching)], decoding)
-    else:
-        root = full_tree(prompt, branching, step)
-        packs = rows_of(root, arm)
-        for pack in packs:
-            (-token_logps(model, pack_tensors(pack, "cpu"), 1.0, 2000).sum()).backward()
-        unique = sum(len(node.tokens) for node in root.walk())
-        ratio = sum(len(node.tokens) for pack in packs for node in pack) / unique
-    seconds = time.process_time() - start
-    return dict(cpu_s=round(seconds, 3), peak_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) // 1024,
-                forwarded_over_unique=ratio and round(ratio, 3))
-
-
-def table(lines):
-    print("| section | model | branching | arm | CPU s, median | times the first arm (lowest to highest) | peak MB | "
-          "forwarded / unique |\n|---|---|---|---|---|---|---|---|")
-    measured = [r for r in lines if r["section"] != "counting"]
-    for job in dict.fromkeys((r["section"], r["size"], tuple(r["branching"])) for r in measured):
-        mine = [r for r in measured if (r["section"], r["size"], tuple(r["branching"])) == job]
-        base = {r["repeat"]: r["cpu_s"] for r in mine if r["arm"] == ARMS[job[0]][0]}
-        for arm in ARMS[job[0]]:
-            runs = [r for r in mine if r["arm"] == arm]
-            if runs:
-                ratios = sorted(r["cpu_s"] / base[r["repeat"]] for r in runs)
-                forwarded = runs[0]["forwarded_over_unique"] or "-"
-                print(f"| {job[0]} | {job[1]} | {' '.join(map(str, job[2]))} | {arm} | "
-                      f"{statistics.median(r['cpu_s'] for r in runs):.2f} | {statistics.median(ratios):.2f} "
-                      f"({ratios[0]:.2f} to {ratios[-1]:.2f}) | {statistics.median(r['peak_mb'] for r in runs):.0f} | {forwarded} |")
-    for r in lines:
-        if r["section"] == "counting":
-            print(f"\ncounting: {r['forwarded_over_unique']} tokens forwarded per unique token at {r['what']}")
-
+def print_table(path, quick):
+    """Markdown, from the raw lines alone: of each case, on each device and memory cap, its newest run."""
+    cases = {}
+    for row in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+        if row["quick"] == quick:
+            key = row["device"], row["memory_cap"], row["section"], row["case"]
+            cases.setdefault(key, {}).setdefault(row["run"], []).append(row)
+    print("| device | section | case | arm | seconds | ratio | MiB | more | bar |\n" + "|---" * 9 + "|")
+    for (_, cap, section, name), runs in cases.items():
+        rows = runs[max(runs)]
+        hardware = next((row["hardware"] for row in rows if "hardware" in row), "?") + f", cap {cap} GB" * bool(cap)
+        first = {row["repeat"]: row for row in rows if row["arm"] == row["first"]}
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            mine = [row for row in rows if row["arm"] == arm]
+            values = {field: [row[field] for row in mine if field in row] for field in ("seconds", "memory", *NOTES)}
+            for ratio, field in (("ratio", "seconds"), ("memory ratio", "memory")):
+                pairs = [(row, first[row["repeat"]]) for row in mine if arm != row["first"] and row["repeat"] in first]
+                values[ratio] = [row[field] / base[field] for row, base in pairs if field in row and base.get(field)]
+            field, limit = mine[0]["bar"] or ("", 0)
+            sign, verdict = 1 if "ratio" in field else -1, ""
+            if values.get(field):
+                met = sign * statistics.median(values[field]) >= sign * limit
+                verdict = f"{field} {'>=' if sign > 0 else '<='} {limit}: {'met' if met else 'MISSED'}"
+            more = [f"{note} {spread(values[note])}" for note in NOTES if values[note]]
+            more += [row["error"].replace("|", "/") for row in mine if "error" in row][:1]
+            print("|", " | ".join([hardware, section, name, arm, spread(values["seconds"]), spread(values["ratio"]),
+                                   spread(values["memory"]), "; ".join(more), verdict]), "|")
+    if not any(device == "cuda" for device, *_ in cases):
+        print("| NVIDIA GPU | all | all | all | not measured | | | | |")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repeat of the small trees")
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    parser.add_argument("--repeats", type=int, default=3, help="of every arm (default 3)")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS, help="default: all")
+    what.add_argument("--cases", default="", help="only cases whose name holds this text")
+    what.add_argument("--repeats", type=int, default=3, help="processes an arm (default 3)")
+    what.add_argument("--quick", action="store_true", help="the small cases, once; kept apart from full runs")
+    own = parser.add_argument_group("one case of your own, in sampling, update and step, with --model")
+    own.add_argument("--model", help="a checkpoint folder")
+    own.add_argument("--branching", nargs="+", type=int, default=[8, 8, 8], help="default 8 8 8")
+    for name, default in dict(step=384, prompt=200, questions=1, max_rows=512, pack_len=4096, row_tokens=4096).items():
+        own.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"default {default}")
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if any")
+    where.add_argument("--memory-cap", type=float, help="GB of GPU memory a process may take")
+    where.add_argument("--trl-python", default=sys.executable, help="interpreter with trl (default: this one)")
+    where.add_argument("--results", type=Path, default=HERE / "results/bench.jsonl", help="raw lines, appended")
+    where.add_argument("--table", action="store_true", help="only print the table of the raw lines")
     args = parser.parse_args()
-    if args.arm:
-        print(json.dumps(run_arm(**json.loads(args.arm))))
-        return
-    jobs = [("sampling", "4x128", [4, 4, 4]), ("update", "4x128", [4, 4, 4])]
-    if not args.quick:
-        jobs += [("sampling", "4x128", [8, 8, 8]), ("sampling", "12x768", [4, 4, 4])]
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine())
-    if not args.table:
-        todo = [(job, repeat, arm) for job in jobs for repeat in range(1 if args.quick else args.repeats) for arm in ARMS[job[0]]]
-        with RESULTS.open("w") as file:
-            packs = pack_nodes([full_tree(range(200), [8, 8, 8], 384)], 4096)
-            forwarded = sum(len(node.tokens) for pack in packs for node in pack)
-            file.write(json.dumps(dict(section="counting", what="8 8 8, step 384, prompt 200, packs of 4096",
-                                       forwarded_over_unique=round(forwarded / (200 + 584 * 384), 3))) + "\n")
-            for (section, size, branching), repeat, arm in tqdm(todo):
-                job = dict(section=section, arm=arm, size=size, branching=branching, step=32, prompt_len=64)
-                made = subprocess.run([sys.executable, __file__, "--arm", json.dumps(job)], check=True, capture_output=True,
-                                      text=True).stdout
-                file.write(json.dumps({**job, "repeat": repeat, **json.loads(made.splitlines()[-1]), **versions}) + "\n")
-                file.flush()
-    table([json.loads(line) for line in RESULTS.read_text().splitlines()])
-
+    if args.table:
+        return print_table(args.results, args.quick)
+    if args.device == "auto":
+        found = [sys.executable, "-c", "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"]
+        args.device = subprocess.run(found, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    cases = list(all_cases())
+    if args.model:
+        shape = {key: value for key, value in vars(args).items() if key in BASE}
+        name = ", ".join(f"{key} {value}" for key, value in shape.items()).replace(args.model, Path(args.model).name)
+        cases = [case(section, name, arms, **shape) for section, arms in
+                 dict(sampling="tree depth_1", update="packed leaf_rows", step="overhead").items()]
+    cases = [one for one in cases if one["section"] in args.sections and args.cases in one["name"]
+             and (one["quick"] or not args.quick)]
+    if any(one["section"] == "trl" for one in cases) and subprocess.run([args.trl_python, "-c", "import trl"],
+                                                                        stderr=subprocess.DEVNULL).returncode:
+        print(f"section trl is left out: {args.trl_python} cannot import trl; pip install it, or give --trl-python")
+        cases = [one for one in cases if one["section"] != "trl"]
+    jobs = [(one, arm, repeat) for one in cases for repeat in range(1 if args.quick else args.repeats)
+            for arm in one["arms"][::-1 if repeat % 2 else 1]]
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    run, bar = datetime.now().strftime("%Y-%m-%d %H:%M:%S"), tqdm(jobs, unit="process")
+    for one, arm, repeat in bar:
+        bar.set_postfix_str(f"{one['section']}: {one['name']}: {arm}")
+        row = dict(run=run, section=one["section"], case=one["name"], arm=arm, repeat=repeat, first=one["arms"][0],
+                   bar=one["bars"].get(arm), quick=args.quick, device=args.device, memory_cap=args.memory_cap,
+                   threads=1, shape=one["shape"])
+        row |= spawn(row, args.trl_python if one["section"] == "trl" else sys.executable)
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    print_table(args.results, args.quick)
 
 if __name__ == "__main__":
     main()

@@ -56,7 +56,7 @@ SHARED = {"treerpo, shared opening": ("treerpo", "1 8 2 2", "")}  # one sampled 
 ARMS = {**FACTORS, **SYSTEMS, **TWICE, **LEAVES, **SHARED}
 CREDIT = ["8", "16", "32", "8 2", "2 2 2 2", "4 2 2 2", "8 2 2 2", "4 4 4 4", "8/4", "16/4", "32/8"]
 BASES = {"demo": [], "few": [],  # few: the demo with 50 training questions; the others: flags of demo/make_demo.py
-         "long": "--ops 8 --careful 0.86 --clean-steps 2200 --flawed-steps 600".split(),
+         "long": "--ops 8 --careful 0.88 --clean-steps 2200 --flawed-steps 600".split(),
          "restate": "--restate --clean-steps 3000 --flawed-steps 800 --batch-size 24".split()}
 REGIMES = {"long": "8 operations, 85 % of lines right", "restate": "answers that restate the question",
            "few": "50 training questions"}
@@ -376,7 +376,8 @@ def parse_args(argv):
     group = parser.add_argument_group("files")
     group.add_argument("--results", help="file of JSON lines (default experiments/results/compare.jsonl)")
     group.add_argument("--demo", default=HERE.parent / "demo", help="folder of the bundled base model (default demo)")
-    group.add_argument("--cache", default=HERE / "cache", help="folder of the bases made here (default experiments/cache)")
+    group.add_argument("--cache", default=HERE / "cache",
+                       help="folder of the bases made here (default experiments/cache)")
     group.add_argument("--variants", help="folder with ready base models, long/ and restate/")
     args = parser.parse_args(argv)
     args.results = args.results or HERE / "results" / ("quick.jsonl" if args.quick else "compare.jsonl")

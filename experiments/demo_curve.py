@@ -3,7 +3,7 @@
     python experiments/demo_curve.py             # 5 seeds, one after the other, then the table
     python experiments/demo_curve.py --table     # the table from the stored lines
 
-A finished seed is not run again. Each stored line is one evaluation row of a run's metrics.jsonl with the seed, the wall
+A finished seed is not run again. Each stored line is one evaluation row of a run's metrics.jsonl with seed, wall
 and CPU seconds of the whole command, and the versions.
 """
 import argparse
@@ -34,8 +34,10 @@ def run_seed(seed, threads):
                        env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = dict(wall_s=round(wall, 1), cpu_s=round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1))
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine(), threads=threads)
+    seconds = dict(wall_s=round(wall, 1),
+                   cpu_s=round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1))
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine(),
+                    threads=threads)
     kept = ("step", "tokens_sampled", "completions/mean_length", "eval/accuracy", "eval/greedy_accuracy")
     return [dict(seed=seed, **{k: row[k] for k in kept if k in row}, **seconds, **versions)
             for row in rows if "eval/accuracy" in row]

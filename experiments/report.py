@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-T95 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]  # by degrees of freedom
+T95 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14,
+       2.13]  # by degrees of freedom
 # One colour, line and marker for each system; they differ in brightness too, so that grey printing keeps them apart.
 LOOKS = {"treerpo": ("#1b3a6b", "-", "o"), "grpo": ("#d9730d", "--", "s"), "gspo": ("#e3b23c", ":", "^"),
          "treeadv": ("#5fa39a", "-.", "D")}
@@ -59,8 +60,8 @@ def run_table(groups, reference):
         return []
     tokens = min(line["tokens"][-1] for lines in groups.values() for line in lines)
     cpu = min(statistics.mean(line["cpu"][-1] for line in lines) for lines in groups.values())
-    rows = [f"| | seeds | updates | lr | accuracy at {tokens / 1000:.0f}k tokens | minus {reference} | mean of the curve | "
-            f"minus {reference} | accuracy at {cpu:.0f} CPU s | CPU s | answer tokens |", "|---|" + "---|" * 10]
+    rows = [f"| | seeds | updates | lr | accuracy at {tokens / 1000:.0f}k tokens | minus {reference} | "
+            f"mean of the curve | minus {reference} | accuracy at {cpu:.0f} CPU s | CPU s | answer tokens |", "|---|" + "---|" * 10]
     end = {label: [read_at(line, "tokens", tokens) for line in lines] for label, lines in groups.items()}
     area = {label: [mean_to(line, "tokens", tokens) for line in lines] for label, lines in groups.items()}
     for label, lines in groups.items():
@@ -99,8 +100,8 @@ def credit_table(study, base):
         rows.append(f"| {name} | {rule} | {len(lines)} | {lines[0]['n_questions']} | {cell(interval(pick('auc')))} | "
                     f"{cell(interval(pick('auc_all')))} | {statistics.mean(pick('silent')):.0%} | "
                     f"{statistics.mean(pick('noise')):.0%} | {statistics.mean(pick('decisive')):.0f} |")
-    head = ["| | advantage | seeds | questions | AUC, decisive lines | AUC, all lines | decisive lines without a signal | "
-            "lines after an error with a signal | decisive lines |", "|---|" + "---|" * 8]
+    head = ["| | advantage | seeds | questions | AUC, decisive lines | AUC, all lines | "
+            "decisive lines without a signal | lines after an error with a signal | decisive lines |", "|---|" + "---|" * 8]
     return head + rows if rows else []
 
 
@@ -116,13 +117,16 @@ def tables(study):
         parts.append((title, run_table(arms("regimes", study.regime_arms, base=base), "grpo")))
     parts.append(("One factor at a time, larger batches", run_table(factors, "default (treerpo 4 2 2 2)")))
     parts.append(("Two updates on each batch", run_table(arms("twice", study.twice), "grpo, two updates")))
-    tune = [f"| {arm} | {lr:g} | " + ", ".join(f"{line['accuracy'][-1]:.3f}" for line in study.of("tune", arm=arm, lr=lr)) + " |"
+    tune = [f"| {arm} | {lr:g} | " + ", ".join(f"{line['accuracy'][-1]:.3f}"
+                                               for line in study.of("tune", arm=arm, lr=lr)) + " |"
             for arm in study.systems for lr in study.lrs if study.of("tune", arm=arm, lr=lr)]
-    parts.append(("Learning rates, final accuracy of each tuning seed", tune and ["| | lr | accuracy |", "|---|---|---|", *tune]))
+    parts.append(("Learning rates, final accuracy of each tuning seed", tune
+                  and ["| | lr | accuracy |", "|---|---|---|", *tune]))
     spent = sum(line["cpu_total"] for line in study.lines.values()) / 3600
     failed = [line["key"] for line in study.lines.values() if line.get("status")]
     return "\n\n".join(f"**{title}**\n\n" + "\n".join(rows) for title, rows in parts if rows) + (
-        f"\n\n{len(study.lines)} jobs, {spent:.2f} CPU hours; stopped early by losses that were not finite: {failed or 'none'}")
+        f"\n\n{len(study.lines)} jobs, {spent:.2f} CPU hours; "
+        f"stopped early by losses that were not finite: {failed or 'none'}")
 
 # ---------------------------------------------------------------------------------------------------------- figures
 
@@ -130,7 +134,8 @@ def new_figure(*args, **kwargs):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "treerpo",
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "svg.hashsalt": "treerpo",
                          "svg.fonttype": "none", "font.family": "sans-serif"})
     return plt.subplots(*args, **kwargs)
 
@@ -144,7 +149,8 @@ def draw_curves(study, path):
     """Held-out accuracy of the four systems against tokens, updates and CPU seconds; the bands are 95 % intervals."""
     figure, axes = new_figure(1, 3, figsize=(10, 3), sharey=True)
     for axis, key, label, scale in zip(axes, ("tokens", "step", "cpu"), ("sampled tokens, thousands", "updates",
-                                                                        "CPU seconds, without evaluation"), (1e-3, 1, 1)):
+                                                                        "CPU seconds, without evaluation"),
+                                                                        (1e-3, 1, 1)):
         for name, (colour, style, marker) in LOOKS.items():
             lines = study.of("curves", arm=name)
             if not lines:
@@ -153,8 +159,10 @@ def draw_curves(study, path):
             xs = [end * i / 40 for i in range(41)]
             stats = [interval([read_at(line, key, x) for line in lines]) for x in xs]
             scaled = [x * scale for x in xs]
-            axis.plot(scaled, [m for m, _ in stats], style, color=colour, marker=marker, markevery=8, markersize=4, label=name)
-            axis.fill_between(scaled, [m - h for m, h in stats], [m + h for m, h in stats], color=colour, alpha=0.15, lw=0)
+            axis.plot(scaled, [m for m, _ in stats], style, color=colour, marker=marker, markevery=8, markersize=4,
+                      label=name)
+            axis.fill_between(scaled, [m - h for m, h in stats], [m + h for m, h in stats], color=colour, alpha=0.15,
+                              lw=0)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out accuracy (avg@2)")
@@ -168,7 +176,8 @@ def draw_credit(study, path):
     figure, axis = new_figure(figsize=(7, 0.28 * len(arms) + 0.9))
     for y, (name, rule, lines) in enumerate(arms):
         mean, half = interval([line["rules"][rule]["auc"] for line in lines])
-        colour, _, marker = LOOKS["treerpo" if "tree " in name and rule == "siblings" else "treeadv" if rule == "leaves" else "grpo"]
+        colour, _, marker = LOOKS["treerpo" if "tree " in name and rule == "siblings" else "treeadv"
+                                  if rule == "leaves" else "grpo"]
         axis.errorbar(mean, y, xerr=half, color=colour, marker=marker, capsize=3, markersize=5)
         axis.text(mean + half + 0.008, y, f"{mean:.2f}", va="center")
     axis.set_yticks(range(len(arms)), [f"{name}: {rule}" if "tree " in name else name for name, rule, _ in arms])
@@ -180,19 +189,22 @@ def draw_credit(study, path):
 
 
 def dump_tree(demo, shape=("3", "2", "2")):
-    """Sample trees of the bundled task with treerpo.py itself; -> nodes of one in which all levels have something to say."""
+    """Sample trees of the bundled task with treerpo.py itself; -> nodes of one where every level has its say."""
     sys.path[:0] = [str(HERE.parent)]
     import treerpo
     with tempfile.TemporaryDirectory() as out:
         treerpo.main(["--model", f"{demo}/model", "--data", f"{demo}/train.jsonl", "--eval-data", f"{demo}/test.jsonl",
-                      "--steps", "1", "--branching", *shape, "--step-len", "17", "--questions-per-step", "64", "--out", out,
-                      "--eval-questions", "1", "--eval-samples", "1", "--template", "none", "--dump-trees", f"{out}/trees.jsonl"])
+                      "--steps", "1", "--branching", *shape, "--step-len", "17", "--questions-per-step", "64", "--out",
+                      out,
+                      "--eval-questions", "1", "--eval-samples", "1", "--template", "none", "--dump-trees",
+                      f"{out}/trees.jsonl"])
         nodes = [json.loads(text) for text in open(f"{out}/trees.jsonl", encoding="utf-8")]
     trees = {}
     for node in nodes:
         trees.setdefault(node["tree"], []).append(node)
     full = [tree for tree in trees.values() if len(tree) == 22]
-    return max(full, key=lambda tree: (len({(n["depth"], n["reward"]) for n in tree if n["trained"]}), -abs(tree[0]["reward"] - 0.5)))
+    return max(full, key=lambda tree: (len({(n["depth"], n["reward"]) for n in tree if n["trained"]}),
+                                       -abs(tree[0]["reward"] - 0.5)))
 
 
 def draw_tree(demo, path):
@@ -212,8 +224,10 @@ def draw_tree(demo, path):
             axis.plot([x - 2.6 + 0.55, x - 0.15], [place[node["parent"]], y], color="grey", lw=0.8, zorder=0)
         sign = "grey" if abs(node["advantage"]) < 1e-9 else "#1b3a6b" if node["advantage"] > 0 else "#d9730d"
         text = node["text"].strip("\n").replace("\n", "  ⏎  ")
-        label = f"reward {node['reward']:.2f}" + (f"   advantage {node['advantage']:+.2f}" if node["parent"] is not None else "")
-        axis.text(x - 0.1, y, f"{text or 'question'}\n{label}", fontsize=6.5, va="center", parse_math=False, color="black",
+        label = f"reward {node['reward']:.2f}" + (f"   advantage {node['advantage']:+.2f}"
+                                                  if node["parent"] is not None else "")
+        axis.text(x - 0.1, y, f"{text or 'question'}\n{label}", fontsize=6.5, va="center", parse_math=False,
+                  color="black",
                   bbox=dict(boxstyle="round,pad=0.35", fc=str(1 - 0.35 * node["reward"]), ec=sign,
                             lw=0.8 if sign == "grey" else 1.8, ls="-" if node["advantage"] >= 0 else "--"))
     axis.set_xlim(-0.3, 10.2)

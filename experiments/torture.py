@@ -2,8 +2,8 @@
 
     python experiments/torture.py --kills 50     # -> a summary line in results/torture.jsonl, exit status 1 on any loss
 
-Checked after every kill: a whole checkpoint is on disk once the first was written. Checked at the end: identical weights,
-identical metrics but for timings and memory, no lost or doubled line, no temporary file.
+Checked after every kill: a whole checkpoint is on disk once the first was written. Checked at the end: identical
+weights, identical metrics but for timings and memory, no lost or doubled line, no temporary file.
 """
 import argparse
 import json
