@@ -501,7 +501,7 @@ def test_templates():
     assert made.decode(treerpo.build_prompt("x", treerpo.load_template("chat", made), made)) == "[x]"
 
 
-def test_question_files(tmp_path):
+def test_question_files(tmp_path, capsys):
     rows = [{"Problem": "p", "solution": r"so \boxed{4}"}, {"Problem": "q", "solution": "steps #### 5"},
             {"Problem": "r", "solution": 6}]
     for kind, write in {"jsonl": lambda f: f.write_text("\n".join(map(json.dumps, rows))),
@@ -516,6 +516,21 @@ def test_question_files(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(rows[0]).encode() + b'\n{"problem": "caf\xe9", "answer": "1"}\n')
     with pytest.raises(BadInput, match="latin.jsonl line 2"):
         treerpo.load_questions(str(tmp_path / "latin.jsonl"))
+    good = json.dumps({"question": "p", "answer": "4"}).encode()
+    for name, raw in {"bom": b"\xef\xbb\xbf" + good, "crlf": good + b"\r\n" + good, "blank": good + b"\n\n"}.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(raw)
+        assert treerpo.load_questions(str(tmp_path / f"{name}.jsonl"))[0]["answer"] == "4"
+    for name, raw in {"utf16.jsonl": good.decode().encode("utf-16") + b"\n", "deep.jsonl": b"[" * 10**5,
+                      "five.json": b"5", "dict.json": b"{}", "x.parquet": b"5", "null.jsonl": b"null"}.items():
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(BadInput, match=name):
+            treerpo.load_questions(str(tmp_path / name))
+    answers = [good, good.replace(b'"4"', b'""'), good.replace(b'"4"', b"null")]
+    (tmp_path / "some.jsonl").write_bytes(b"\n".join(answers))
+    with pytest.raises(BadInput, match="some.jsonl row 2"):
+        treerpo.load_questions(str(tmp_path / "some.jsonl"))
+    assert len(treerpo.load_questions(str(tmp_path / "some.jsonl"), skip_unanswered=True)) == 1
+    assert "2 rows without an answer left out" in capsys.readouterr().out
     rows = [{"question": "x", "answer": empty} for empty in ("", " ", None, [], {}, "steps ####")]
     for bad in ({"question": 5, "answer": "1"}, {"question": "", "answer": "1"}, [1], *rows):
         (tmp_path / "bad.jsonl").write_text(json.dumps(bad))

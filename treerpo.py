@@ -126,8 +126,10 @@ def read_rows(source):
     try:
         if suffix == ".jsonl":
             return [json.loads(text) for text in open(source, "rb") if (line := line + 1) and text.strip()]
-        if suffix in (".json", ".parquet"):
-            return json.loads(Path(source).read_bytes()) if suffix == ".json" else datasets.Dataset.from_parquet(source)
+        if suffix == ".json":
+            return list(json.loads(Path(source).read_bytes()))
+        if suffix == ".parquet":
+            return datasets.Dataset.from_parquet(source)
         use_hub_or_cache()
         name, config, split = f"{source}::".split(":")[:3]
         return datasets.load_dataset(name, config or None, split=split or "train")
@@ -145,7 +147,7 @@ def pick(row, place, wanted, usual):
 def load_questions(source, question_column=None, answer_column=None, skip_unanswered=False):
     """-> [{"id": row number from 0, "question": str, "answer": str, number or list}]. Raises BadInput."""
     questions, odd, rows = [], [], read_rows(source)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(tqdm(rows, source, leave=False, delay=2)):
         place = f"{source} row {number + 1}"
         question = pick(row, place, question_column, ["question", "problem"])
         answer = pick(row, place, answer_column, ["answer", "final_answer", "solution"])
@@ -167,7 +169,7 @@ def load_questions(source, question_column=None, answer_column=None, skip_unansw
 
 def fit_context(questions, name, template, tokenizer, budget, context):
     """Add each question's prompt tokens; leave out questions whose prompt and answer together exceed the context."""
-    for q in questions:
+    for q in tqdm(questions, "prompts", leave=False, delay=2):
         q["prompt"] = build_prompt(q["question"], template, tokenizer)
     kept = [q for q in questions if 0 < len(q["prompt"]) <= context - budget]
     require(kept, f"{name}: no question fits, depth x --step-len takes {budget} of {context} tokens; lower --step-len")
@@ -718,7 +720,8 @@ ALGOS = {"treerpo": {}, "grpo": {}, "gspo": dict(ratio="sequence", clip_eps=4e-4
          "treeadv": dict(branch_at="entropy", advantage="leaves")}
 # What a resumed run may change: it decides what fits and what is shown, not what is learned.
 MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree dump_trees resume".split()
-SHOWN = "step reward eval/accuracy tok_per_s eval/greedy_accuracy frac_reward_zero_std clip_ratio skipped".split()
+SHOWN = ("step", "reward", "eval/accuracy", "tok_per_s", "eval/greedy_accuracy", "frac_reward_zero_std",
+         "completions/mean_length", "completions/clipped_ratio", "skipped")  # on the line of each step
 
 def above_zero(kind):
     """An argparse type: a finite number above zero."""
@@ -847,7 +850,7 @@ def train(args):
         stops.append(signal.signal(signum, signal.default_int_handler))
         print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
     signal.signal(signal.SIGINT, on_interrupt)
-    print(f"{out}: {'continuing after' if resumed else 'a new run,'} step {last['step']}")
+    print(f"{out}: continuing after step {last['step']}" if resumed else f"{out}: a new run")
     for step in (bar := tqdm(range(last["step"] + 1, args.steps + 1), desc=args.algo)):
         row = {"step": step}
         if step:  # step 0 is the evaluation before training
@@ -857,14 +860,15 @@ def train(args):
             row |= metrics | dict(skipped=(last["skipped"] + 1) * metrics["skipped"], questions_seen=step * len(batch),
                                   tokens_sampled=last["tokens_sampled"] + metrics["tokens_sampled"])
             row |= dict(skipped_questions=[q["id"] for q in batch]) if row["skipped"] else {}
-            append_jsonl(args.dump_trees or os.devnull, tree_rows(trees, batch, step, tokenizer))
+            if args.dump_trees:
+                append_jsonl(args.dump_trees, tree_rows(trees, batch, step, tokenizer))
             if args.print_tree:
                 tqdm.write(render_tree(trees[0], tokenizer))
         if step % args.eval_every == 0 or step == args.steps:
             row |= evaluate(sampler, tokenizer, held_out, args.eval_samples, sum(step_lens), decoding, args.seed)
         last |= row
         append_jsonl(out / "metrics.jsonl", [row])
-        tqdm.write(", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row))
+        tqdm.write(", ".join(f"{name} {round(row[name], 3):,}" for name in SHOWN if name in row))
         bar.set_postfix({name: last[name] for name in SHOWN[1:4] if name in last})
         if step and (step % args.save_every == 0 or step == args.steps or stops or last["skipped"] == 3):
             save_checkpoint(out, model, tokenizer, optimizer, last, args.keep)

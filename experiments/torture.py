@@ -38,7 +38,7 @@ def metrics(out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs (default 50)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of the run (default 200)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the run (default 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default 0)")
     args = parser.parse_args()
     flags = ["--steps", args.steps, "--save-every", 1, "--eval-every", 20, "--eval-questions", 16, "--eval-samples", 2,
