@@ -21,7 +21,8 @@ from treerpo import is_equiv, normalize_answer, read_answer  # noqa: E402
 
 REWRITES = {  # keep the value of any answer
     "spaces": lambda s: f" {s} ", "dollars": lambda s: f"${s}$", "dfrac": lambda s: s.replace(r"\frac", r"\dfrac"),
-    "left-right": lambda s: s.replace("(", r"\left(").replace(")", r"\right)"), "thin space": lambda s: rf"\,{s}",
+    "left-right": lambda s: s if r"\left" in s else s.replace("(", r"\left(").replace(")", r"\right)"),
+    "thin space": lambda s: rf"\,{s}",
 }
 EDITS = {  # change the value of a number or an expression
     "sign": lambda s: f"-({s})", "plus one": lambda s: f"({s})+1", "double": lambda s: f"2({s})",
