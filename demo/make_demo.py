@@ -19,9 +19,9 @@ with flaws, in two phases of supervised training:
   1. clean   every line is right: the model learns the arithmetic
   2. flawed  each line is on its own careful or careless; a careful line (So, Thus) is right 95 % of the time,
              a careless one (Maybe) 20 %; a few answers come before the last operation; some lines carry a filler word
-Errors are thus random at every line and always downwards, so that no later error makes up for one: a wrong line loses
-the answer, and the task itself knows which line it was (`check_lines`). Noise from the start would hide the arithmetic
-from so small a model; hence the order.
+Errors are thus random at every line and always downwards, so that a later one seldom makes up for an earlier one: a
+wrong line loses the answer, and the task itself knows which line it was (`check_lines`). Noise from the start would hide
+the arithmetic from so small a model; hence the order.
 No question of train.jsonl or test.jsonl, whatever its names and nouns, is ever shown in either phase.
 
 Training runs for a number of steps, on one thread, from one seed: the same versions on the same kind of processor make
@@ -119,7 +119,7 @@ def write_answer(row, rng, careful, careful_right, careless_right, filler, prema
         marker += " " + rng.choice(FILLERS) if rng.random() < filler else ""
         (sign, operand), result = op, apply_op(value, op)
         if rng.random() >= (careful_right if is_careful else careless_right):
-            # A slip in the result or an operand misread, always downwards: no later error can make up for it.
+            # A slip in the result or an operand misread, always downwards: later errors seldom make up for it.
             wrong = [(operand, result + slip) for slip in (-10, -2, -1)]
             misread = operand + 1 if sign == "-" else operand - 1
             wrong += [(misread, apply_op(value, (sign, misread)))] if 2 <= misread <= 9 else []

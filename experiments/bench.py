@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 BASE = dict(hidden=128, layers=4, vocab=2000, model=None, branching=[4, 4, 4], step=32, prompt=64, questions=1,
-            max_rows=512, pack_len=512, row_tokens=1024)  # row_tokens: of a micro-batch of plain rows
+            max_rows=512, pack_len=1024, row_tokens=1024)  # row_tokens: of a micro-batch of plain rows
 SECTIONS = ["sampling", "update", "trl", "scaling", "step"]
 NOTES = ["memory ratio", "forwarded", "unique", "grad norm", "overhead %", "sample s", "x bandwidth limit"]
 
@@ -33,7 +33,7 @@ def case(section, name, arms, bars=None, quick=False, **shape):
     return dict(section=section, name=name, arms=arms.split(), bars=bars or {}, quick=quick, shape={**BASE, **shape})
 
 def all_cases():
-    n8, wide = dict(branching=[8, 8, 8]), dict(hidden=768, layers=12, pack_len=1024)
+    n8, wide = dict(branching=[8, 8, 8]), dict(hidden=768, layers=12)
     sampling, update = "tree depth_1 recompute independent", "packed leaf_rows node_rows"
     yield case("sampling", "4 x 128, branching 4 4 4", sampling, quick=True)
     bars = dict(recompute=("ratio", 2), independent=("ratio", 2.5))
@@ -63,7 +63,7 @@ def all_cases():
     bar = dict(overhead=("overhead %", 5))
     yield case("step", "4 x 128, 2 questions, 64 leaves", "overhead", bar, quick=True, questions=2)
     yield case("step", "bundled demo, 32 questions, 32 leaves", "overhead", bar, model="demo/model", questions=32,
-               branching=[4, 2, 2, 2], step=14, max_rows=2048)
+               branching=[4, 2, 2, 2], step=14, max_rows=2048, pack_len=512)
 
 def spawn(job, python):
     """-> the arm's row, or {"error": its last words}."""
