@@ -129,7 +129,7 @@ def read_rows(source):
         if suffix == ".json":
             return list(json.loads(Path(source).read_bytes()))
         if suffix == ".parquet":
-            return datasets.Dataset.from_parquet(source)
+            return datasets.Dataset.from_parquet(source, keep_in_memory=True)
         use_hub_or_cache()
         name, config, split = f"{source}::".split(":")[:3]
         return datasets.load_dataset(name, config or None, split=split or "train")
