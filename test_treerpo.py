@@ -1120,11 +1120,14 @@ def test_resume_refuses_other_flags_and_names_them(finished_run, capsys):
     assert "--steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated"])
-def test_damaged_checkpoint_is_named_and_the_one_before_used(finished_run, tmp_path, capsys, damage):
+@pytest.mark.parametrize("damage, file", [
+    ("missing", "trainer_state.pt"), ("empty", "trainer_state.pt"), ("truncated", "trainer_state.pt"),
+    ("truncated", "model.safetensors"), ("missing", "tokenizer.json"), ("empty", "config.json"),
+    ("truncated", "manifest.json"), ("missing", "manifest.json")])
+def test_damaged_checkpoint_is_named_and_the_one_before_used(finished_run, tmp_path, capsys, damage, file):
     out = tmp_path / "run"
     shutil.copytree(finished_run, out)
-    victim = out / "checkpoint-4/trainer_state.pt"
+    victim = out / "checkpoint-4" / file
     if damage == "missing":
         victim.unlink()
     else:
@@ -1193,9 +1196,14 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     assert [p.name for p in out.glob("checkpoint*")] == ["checkpoint-1"]
 
 
-def test_a_loss_that_is_not_finite_is_skipped_then_stops(tmp_path, monkeypatch):
-    whole = treerpo.policy_loss
-    monkeypatch.setattr(treerpo, "policy_loss", lambda *a: (whole(*a)[0] * math.nan, *whole(*a)[1:]))
+@pytest.mark.parametrize("poisoned", ["policy_loss", "token_logps"])
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tmp_path, monkeypatch, poisoned):
+    whole = getattr(treerpo, poisoned)
+
+    def poison(*args):
+        result = whole(*args)
+        return result * math.inf if poisoned == "token_logps" else (result[0] * math.nan, *result[1:])
+    monkeypatch.setattr(treerpo, poisoned, poison)
     with pytest.raises(FloatingPointError, match="three steps"):
         treerpo.main(["--out", str(tmp_path / "run"), *SMALL])
     rows = metrics(tmp_path / "run")

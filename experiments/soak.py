@@ -1,9 +1,9 @@
 """500 steps of demo training with evaluations and checkpoints: does memory stay flat, do warnings pile up?
 
-    python experiments/soak.py        # about 10 minutes on one core -> a line in results/soak.jsonl, exit status 1 if not
+    python experiments/soak.py        # about 10 minutes on one core -> results/soak.jsonl; exit status 1 if not
 
-Resident memory is read from outside four times a second (Linux); the mean of the run's last quarter must be within 5 % of
-that of its second quarter. Lines on stderr that are no progress bar are counted.
+Resident memory is read from outside four times a second (Linux); the mean of the last quarter must be within 5 % of that
+of the second quarter. Lines on stderr that are no progress bar are counted.
 """
 import argparse
 import json
