@@ -61,7 +61,8 @@ def run_table(groups, reference):
     tokens = min(line["tokens"][-1] for lines in groups.values() for line in lines)
     cpu = min(statistics.mean(line["cpu"][-1] for line in lines) for lines in groups.values())
     rows = [f"| | seeds | updates | lr | accuracy at {tokens / 1000:.0f}k tokens | minus {reference} | "
-            f"mean of the curve | minus {reference} | accuracy at {cpu:.0f} CPU s | CPU s | answer tokens |", "|---|" + "---|" * 10]
+            f"mean of the curve | minus {reference} | accuracy at {cpu:.0f} CPU s | CPU s | answer tokens |",
+            "|---|" + "---|" * 10]
     end = {label: [read_at(line, "tokens", tokens) for line in lines] for label, lines in groups.items()}
     area = {label: [mean_to(line, "tokens", tokens) for line in lines] for label, lines in groups.items()}
     for label, lines in groups.items():
@@ -101,7 +102,8 @@ def credit_table(study, base):
                     f"{cell(interval(pick('auc_all')))} | {statistics.mean(pick('silent')):.0%} | "
                     f"{statistics.mean(pick('noise')):.0%} | {statistics.mean(pick('decisive')):.0f} |")
     head = ["| | advantage | seeds | questions | AUC, decisive lines | AUC, all lines | "
-            "decisive lines without a signal | lines after an error with a signal | decisive lines |", "|---|" + "---|" * 8]
+            "decisive lines without a signal | lines after an error with a signal | decisive lines |",
+            "|---|" + "---|" * 8]
     return head + rows if rows else []
 
 
