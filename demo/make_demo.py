@@ -19,9 +19,9 @@ with flaws, in two phases of supervised training:
   1. clean   every line is right: the model learns the arithmetic
   2. flawed  each line is on its own careful or careless; a careful line (So, Thus) is right 95 % of the time,
              a careless one (Maybe) 20 %; a few answers come before the last operation; some lines carry a filler word
-Errors are thus random at every line and always downwards, so that a later one seldom makes up for an earlier one: a
-wrong line loses the answer, and the task itself knows which line it was (`check_lines`). Noise from the start would hide
-the arithmetic from so small a model; hence the order.
+Errors are thus random at every line and always downwards, so that a later one seldom makes up for an earlier one
+(in about 3 % of the right answers): a wrong line nearly always loses the answer, and the task itself knows which line
+it was (`check_lines`). Noise from the start would hide the arithmetic from so small a model; hence the order.
 No question of train.jsonl or test.jsonl, whatever its names and nouns, is ever shown in either phase.
 
 Training runs for a number of steps, on one thread, from one seed: the same versions on the same kind of processor make
