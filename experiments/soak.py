@@ -2,8 +2,8 @@
 
     python experiments/soak.py        # about 10 minutes on one core -> results/soak.jsonl; exit status 1 if not
 
-Resident memory is read from outside four times a second (Linux); the mean of the last quarter must be within 5 % of that
-of the second quarter. Lines on stderr that are no progress bar are counted.
+Resident memory is read from outside four times a second (Linux); the mean of the last quarter must be within 5 % of the
+second quarter's. Lines on stderr that are no progress bar are counted.
 """
 import argparse
 import json
