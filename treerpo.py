@@ -104,7 +104,8 @@ def load_template(name, tokenizer):
     known = {"qwen-math": QWEN_MATH, "none": "{question}"}
     if tokenizer.chat_template:
         turns, how = [{"role": "user", "content": "{question}"}], dict(tokenize=False, add_generation_prompt=True)
-        known["chat"] = tokenizer.apply_chat_template(turns, **how).removeprefix(tokenizer.bos_token or "")
+        own = tokenizer.decode(tokenizer.encode(""))  # the BOS that encode() puts in front itself
+        known["chat"] = tokenizer.apply_chat_template(turns, **how).removeprefix(own)
     text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
     require("{question}" in text, f"--template {name}: not {'/'.join(known)} or a file with {{question}} in it")
     return text
@@ -546,16 +547,18 @@ def pack_tensors(pack, device):
                mask=related[owner][:, owner].tril()[None, None])
     return SimpleNamespace(**{name: torch.as_tensor(value, device=device) for name, value in row.items()})
 
-def token_logps(model, row, temperature, n_tokens, chunk=256):
+def token_logps(model, row, temperature, n_tokens, chunk=256, keep=2**22):
     """Log-probs [M], float32, of the scored tokens under softmax(logits / temperature) over the first n_tokens ids. The
-    head runs in chunks, and again in the backward pass: never more than chunk x vocabulary float32 logits at once."""
+    head runs in chunks, and, if there are over `keep` logits in all, again in the backward pass: never more than
+    chunk x vocabulary float32 logits at once."""
     hidden = model.get_decoder()(input_ids=row.ids, attention_mask=row.mask, position_ids=row.positions,
                                  use_cache=False).last_hidden_state[0, row.predictors]
     def score(hidden, targets):
         logits = model.get_output_embeddings()(hidden)[:, :n_tokens].float() / temperature
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-    pairs = zip(hidden.split(chunk), row.targets.split(chunk))
-    return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in pairs])
+    again = len(hidden) * n_tokens > keep
+    return torch.cat([checkpoint(score, h, y, use_reentrant=False) if again else score(h, y)
+                      for h, y in zip(hidden.split(chunk), row.targets.split(chunk))])
 
 def policy_loss(logps, old_logps, segments, advantages, weights, clip_eps, ratio):
     """PPO's clipped loss -sum_u w_u min(r_u A_u, clip(r_u, 1 - eps, 1 + eps) A_u) -> (loss, clipped units, units).
