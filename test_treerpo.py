@@ -580,15 +580,15 @@ CASES = {
     "roots and pi": (r"""\sqrt{8} ~ 2\sqrt{2} ;; \sqrt2 ~ \sqrt{2} ;; \frac{1}{\sqrt{2}} ~ \frac{\sqrt{2}}{2}
     ;; \sqrt{16} ~ 4 ;; \sqrt[3]{27} ~ 3 ;; 2^{1/2} ~ \sqrt2 ;; 8^{2/3} ~ 4 ;; 3\sqrt{5}+2 ~ 2+3\sqrt{5}
     ;; \frac{\pi}{2} ~ 0.5\pi ;; 2\pi ~ \pi \cdot 2 ;; 4\pi/3 ~ \frac{4\pi}{3} ;; \frac{4}{3}\pi ~ \frac{4\pi}{3}
-    ;; \sqrt{3+2\sqrt{2}} ~ 1+\sqrt{2} ;; \sqrt[3]{-8} ~ -2 ;; 2√3 ~ \sqrt{12} ;; 12π ~ 12\pi
+    ;; \sqrt{3+2\sqrt{2}} ~ 1+\sqrt{2} ;; 2√3 ~ \sqrt{12} ;; 12π ~ 12\pi
     ;; sqrt(3)/2 ~ \frac{\sqrt3}{2} ;; 9 pi ~ 9\pi ;; \frac{\sqrt{6}-\sqrt{2}}{4} ~ \frac{\sqrt2(\sqrt3-1)}{4}
-    ;; e^{2} ~ e^2 ;; \ln 8 ~ 3\ln 2 ;; \sqrt{2}\sqrt{3} ~ \sqrt6""", r"""\sqrt{2} ~ \sqrt{3}
+    ;; e^{2} ~ e^2 ;; \sqrt{2}\sqrt{3} ~ \sqrt6""", r"""\sqrt{2} ~ \sqrt{3}
     ;; 2\sqrt{3} ~ 3\sqrt{2} ;; \sqrt{2} ~ 2 ;; 2\pi ~ 2 ;; 2\pi ~ \pi^2 ;; 3\sqrt{2} ~ 3
     ;; \sqrt{5}+1 ~ \sqrt{6} ;; \sqrt[3]{9} ~ 3 ;; 1+\sqrt{2} ~ 1-\sqrt{2} ;; \frac{103993}{33102} ~ \pi
     ;; \sqrt2 ~ 1.4142135623731 ;; \ln 8 ~ \log 8 ;; e^2 ~ 2e ;; \pi ~ \frac{355}{113} ;; 12\pi ~ 12
     ;; 4\sqrt{13} ~ 413 ;; \frac{\pi}{6} ~ \frac{\pi}{3} ;; \sqrt{17} ~ 4.123 ;; \log_2 8 ~ \log_8 2"""),
     "complex": (r"""3+4i ~ 4i+3 ;; i^2 ~ -1 ;; (1+i)^2 ~ 2i ;; \frac{1}{i} ~ -i ;; 2\mathrm{i} ~ 2i
-    ;; \frac{-1+i\sqrt{3}}{2} ~ -\frac12+\frac{\sqrt3}{2}i ;; e^{i\pi} ~ -1 ;; |3+4i| ~ 5""",
+    ;; \frac{-1+i\sqrt{3}}{2} ~ -\frac12+\frac{\sqrt3}{2}i ;; e^{i\pi} ~ -1""",
     r"""3+4i ~ 3-4i ;; 2i ~ 2 ;; i ~ -i ;; 3+4i ~ 4+3i ;; 1+i ~ 1+2i ;; i\sqrt{3} ~ \sqrt{3}"""),
     "bases": (r"""1101_2 ~ 1101_{2} ;; 2516_8 ~ 2516_{8} ;; \text{1A3}_{16} ~ 1A3_{16}""",
     r"""1101_2 ~ 1101_3 ;; 1101_2 ~ 1111_2 ;; 1101_2 ~ 1101 ;; 52_8 ~ 52_9 ;; 52_8 ~ 42"""),
@@ -604,18 +604,18 @@ CASES = {
     "symbolic": (r"""(x+1)^2 ~ x^2+2x+1 ;; x^2 - 4 ~ (x-2)(x+2) ;; 2x ~ x*2 ;; 2(x+y) ~ 2x+2y ;; \frac{x}{2} ~ 0.5x
     ;; \frac{1}{x}+\frac{1}{y} ~ \frac{x+y}{xy} ;; x^{-1} ~ \frac1x ;; -(x-3) ~ 3-x
     ;; \left(x+1\right)\left(x-1\right) ~ x^2-1 ;; \frac{n(n+1)}{2} ~ \frac{n^2+n}{2} ;; 2^{n+1} ~ 2\cdot 2^n
-    ;; a^{3/2} ~ a\sqrt{a} ;; \sin^2 x ~ (\sin x)^2 ;; 2\sin x\cos x ~ \sin 2x ;; e^{-x} ~ \frac{1}{e^x}
-    ;; \ln(x^2) ~ 2\ln x ;; 3x^2y ~ 3yx^2 ;; x_1+x_2 ~ x_{2}+x_{1} ;; \alpha\beta ~ \beta \alpha ;; |x-1| ~ |1-x|
+    ;; a^{3/2} ~ a\sqrt{a} ;; e^{-x} ~ \frac{1}{e^x}
+    ;; 3x^2y ~ 3yx^2 ;; x_1+x_2 ~ x_{2}+x_{1} ;; \alpha\beta ~ \beta \alpha
     ;; \frac{x^2-1}{x-1} ~ x+1 ;; \mathbf{x}+1 ~ 1+x ;; xy+C ~ C+xy ;; \sqrt{x^3} ~ x\sqrt{x}
     ;; \frac{-(x-29)}{(x-3)(x+5)} ~ \frac{29-x}{x^2+2x-15} ;; 4^n ~ 2^{2n} ;; \frac12mv^2 ~ \frac{mv^2}{2}
-    ;; \sqrt[4]{a^5} ~ a\sqrt[4]{a} ;; x^{2} ~ x^2 ;; \cos^2\theta-\sin^2\theta ~ \cos 2\theta ;; 3/4x ~ \frac{3x}{4}
+    ;; \sqrt[4]{a^5} ~ a\sqrt[4]{a} ;; x^{2} ~ x^2 ;; 3/4x ~ \frac{3x}{4}
     ;; 2\,x ~ 2x""", r"""x+1 ~ x-1 ;; x^2 ~ x^3 ;; (x+1)^2 ~ x^2+1 ;; 2x ~ x^2 ;; X ~ x ;; x ~ y
     ;; \frac{x}{y} ~ \frac{y}{x} ;; 2^n ~ n^2 ;; x_1 ~ x_2 ;; \sin x ~ \cos x ;; \sqrt{x^2} ~ x
     ;; \frac{n(n+1)}{2} ~ \frac{n(n-1)}{2} ;; 2^{n+1} ~ 2^n+1 ;; -x^2 ~ (-x)^2 ;; e^x ~ e^{-x} ;; \ln x ~ \log x
     ;; 3x^2y ~ 3xy^2 ;; (x-1)(x+2) ~ (x+1)(x-2) ;; n! ~ n ;; |x| ~ x ;; a+b ~ ab ;; xy ~ x+y ;; x+C ~ x
     ;; \sin^2 x ~ \sin x^2 ;; 1/2x ~ \frac{1}{2x} ;; (-1)^n ~ (-1)^{n+1} ;; x^{10} ~ x^1 0 ;; \alpha ~ \beta"""),
     "prefixes": (r"""x=5 ~ 5 ;; x = \frac12 ~ 0.5 ;; f(x)=x^2 ~ x^2 ;; y=2x+1 ~ 2x+1 ;; x\in[0,1] ~ [0,1]
-    ;; (x,y)=(1,2) ~ (1,2) ;; AB = 7 ~ 7 ;; f^{-1}(x)=\frac{x-1}{2} ~ \frac{x-1}{2} ;; x_1 = 3 ~ 3
+    ;; (x,y)=(1,2) ~ (1,2) ;; AB = 7 ~ 7 ;; x_1 = 3 ~ 3
     ;; x \in (-\infty, 3) ~ (-\infty,3) ;; P(A)=\frac13 ~ 1/3 ;; \text{Area}=12 ~ 12 ;; n = 2^{10} ~ 1024
     ;; \theta = 30^\circ ~ 30 ;; a_{n}=2n+1 ~ 2n+1 ;; x=2 \text{ or } x=-3 ~ -3, 2""",
     r"""x=5 ~ y=5 ;; x=5 ~ 6 ;; x=5 ~ x=-5 ;; 2x=10 ~ 10 ;; x+y=5 ~ 5 ;; f(x)=x ~ g(x)=x ;; x^2=4 ~ 4
@@ -663,13 +663,17 @@ CASES = {
     ;; nan ~ 0 ;; \infty ~ -\infty ;; \infty ~ 1000 ;; \sqrt{} ~ 0 ;; 5 ~  ;; \overline{AB} ~ AB
     ;; __import__('os') ~ 1"""),
     "as models write": (r"""2^{100}-1 ~ 1267650600228229401496703205375 ;; 3n^2+3n+1 ~ (n+1)^3-n^3
-    ;; x=1 \text{ or } x=4 ~ 1,4 ;; \frac{\ln 3}{2} ~ \frac12 \ln 3 ;; \sqrt{1-x^2} ~ (1-x^2)^{1/2}
+    ;; x=1 \text{ or } x=4 ~ 1,4 ;; \sqrt{1-x^2} ~ (1-x^2)^{1/2}
     ;; x e^{-x} ~ \frac{x}{e^{x}} ;; 4.8 \times 10^{14}\text{ Hz} ~ 4.8e14 ;; S_n = 2^n - 1 ~ 2^n-1""",
     r"""\sin^{-1} x ~ \frac{1}{\sin x} ;; x\sin 2 ~ \sin 2x ;; \sin x^2 ~ (\sin x)^2 ;; |xz| ~ xz
     ;; \sqrt{a^2b^2c^2} ~ abc ;; (1,2)+(3,4) ~ (1,2) ;; 2(1,2) ~ (1,2) ;; x^2 ~ 2^x ;; (-1)^n ~ -1 ;; (-1)^n ~ 1
     ;; 5\text{ hours } 30\text{ minutes} ~ 150 ;; 0.\overline{12} ~ 0.12 ;; \lfloor x \rfloor ~ x ;; 1.2.3 ~ 0.36
     ;; \begin{pmatrix}1\\2\end{pmatrix} ~ 1,2 ;; \pi ~ 3.14159265358979323846"""),
-    "not supported": (r"""5 ~ 5""", r"""0.\overline{3} ~ \frac13 ;; 0.1\overline{6} ~ 1/6 ;; 5! ~ 120
+    "not supported": (r"""\sin 2x ~ \sin  2x ;; \ln|x|+C ~ $\ln|x|+C$""", r"""\sqrt[3]{-8} ~ -2 ;; \ln 8 ~ 3\ln 2
+    ;; |3+4i| ~ 5 ;; |x-1| ~ |1-x| ;; \sin^2 x ~ (\sin x)^2 ;; \ln(x^2) ~ 2\ln x ;; \frac{\ln 3}{2} ~ \frac12\ln 3
+    ;; f^{-1}(x)=x ~ x ;; sin(2x) ~ 2sin(x) ;; x sin(2) ~ 2 sin(x) ;; xsin(2) ~ sin(2x) ;; log(2x) ~ 2log(x)
+    ;; arctan(2x) ~ 2arctan(x) ;; sinh(2x) ~ 2sinh(x) ;; f(2x) ~ 2f(x) ;; gcd(2a) ~ 2gcd(a)
+    ;; cos(ab) ~ a cos(b) ;; 0.\overline{3} ~ \frac13 ;; 0.1\overline{6} ~ 1/6 ;; 5! ~ 120
     ;; \binom{10}{3} ~ 120 ;; \log_2 8 ~ 3 ;; \log_{10} 1000 ~ 3 ;; \sin 30^\circ ~ \frac12
     ;; \cos\frac{\pi}{3} ~ 0.5 ;; \tan^{-1} 2 ~ \arctan 2 ;; 120\degree ~ 120 ;; (n+1)! ~ (n+1)n!
     ;; \binom{n}{2} ~ \frac{n(n-1)}{2} ;; k! ~ (k)! ;; x=2,-2 ~ x=2,x=-2 ;; \cos A=\frac12 ~ \frac12

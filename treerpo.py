@@ -183,42 +183,36 @@ def fit_context(questions, name, template, tokenizer, budget, context):
 # digits once roots or pi enter, at fixed points if there are variables. Work is bounded before it is done (characters,
 # bits of a number), so no timeout is needed. Precision comes before recall: what cannot be read equals nothing else.
 MAX_CHARS, MAX_BITS = 300, 4096
-# One character for each LaTeX name; ⦃⦄ are \{ \}, ⟦⟧ enclose a matrix, ¶ ends its row, ⟨⟩ enclose a unit, '' a word.
-SYMBOLS = dict(pair.split("=>") for pair in r"""\{=>⦃ \}=>⦄ \langle=>( \rangle=>) \lvert=>| \rvert=>| \le=>≤ \leq=>≤
-    \leqslant=>≤ \ge=>≥ \geq=>≥ \geqslant=>≥ \ne=>≠ \neq=>≠ \in=>= \cup=>, ∪=>, \pm=>± \cdot=>* \times=>* ×=>* ·=>*
-    \div=>/ −=>- \circ=>° \infty=>∞ \pi=>π √=>\sqrt \emptyset=>∅ \varnothing=>∅ \angle=> \alpha=>α \beta=>β \theta=>θ
-    \lambda=>λ""".split())
+# Spellings of one character; ⦃⦄ are \{ \}, ⟦⟧ enclose a matrix, ¶ ends its row, ⟨⟩ enclose a unit, '' a word or 12_{3}.
+SYMBOLS = {name: names.split()[0] for names in r"""⦃ \{; ⦄ \}; ( \langle; ) \rangle; ≤ \le \leq \leqslant; ± \pm; = \in;
+    ≥ \ge \geq \geqslant; ≠ \ne \neq; , \cup ∪; * \cdot \times × ·; / \div; - −; ° \circ; ∞ \infty; π \pi; \sqrt √;
+    ∅ \emptyset \varnothing; α \alpha; β \beta; θ \theta; λ \lambda""".split(";") for name in names.split()}
 TEXT = r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it|bb)|mbox|operatorname|boldsymbol) *"
 UNIT = r"(?:[cmk]m|ft|in|mph|kg|(?<= )[a-z]{4,}(?: [a-z]+)*)(?:/[a-z]+)?(?:\^\d)?(?= *\.?(?:$|[,;)\]⦄⟧&¶=]))"
 REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in (
     (r"\\\\", "¶"), (r"\\begin\{[pb]matrix\}", "⟦"), (r"¶?\s*\\end\{[pb]matrix\}", "⟧"), (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(left|right|[bB]igg?[lr]?|displaystyle|rm|bf)(?![A-Za-z])\.?|\\[()\[\]!]|\{,\}|\\?[$£€%]", ""), (";", ","),
-    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\d)", r"\\frac{\1}"),
-    (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln)(?![A-Za-z])", r"\\\1"), (r"\^\{(\w)\}", r"^\1"),
+    (r"\\(left|right|[bB]igg?[lr]?|displaystyle|rm|bf)(?![A-Za-z])\.?|\\[()\[\]!]|\{,\}|\\?[$£€%]|\\angle", ""),
+    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (";", ","), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\d)", r"\\frac{\1}"),
+    # the name of a function is no product of letters: sin 2x and f(2x) are not 2 sin x and 2f(x)
+    (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln|log|exp|[a-z]{3,}(?=\()|[fgh](?=\([^()]*\)(?! ?=)))(?![a-z])", r"\\\1"),
     (r"\\[A-Za-z]+|\\[{}]|[^\x00-\x7f]", lambda match: SYMBOLS.get(match[0], match[0])), (r"\^? ?\{?°\}?", "⟨degree⟩"),
-    (rf"[,; ]*({TEXT}\{{[,; ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[,; ]*\}}?[,; ]*", ","),
+    (rf"[,; ]*({TEXT}\{{[, ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[, ]*\}}?[, ]*", ","), (r"\^\{(\w)\}", r"^\1"),
     (rf"(?<=[\d}})π]) *((/? ?{TEXT}\{{(?![ie]\}})[^{{}}]*\}} ?(\^ ?\d)?)+|{UNIT})", r"⟨\g<0>⟩"),  # 5 cm^2 -> 5⟨cm^2⟩
-    # mixed numbers: 1\frac12, 1 1/2; e-forms; thousands: 1,234 and 1 234 are one number, "1, 234" and (1,234) are two
     (TEXT + r"\{([^{}]*)\}", r"\1"), (r"\\sqrt(?! ?\[)", r"\\root{2}"), (r"\\sqrt ?\[(\w+)\]", r"\\root{\1}"),
+    # mixed numbers: 1\frac12, 1 1/2; e-forms; thousands: 1,234 and 1 234 are one number, "1, 234" and (1,234) are two
     (r"(?<![\w.^}/])(\d+) ?(\\frac ?\{\d+\} ?(?:\d|\{\d+\})|(?<= )\d+/\d+)(?!\.?\d)", r"(\1+\2)"),
     (r"(?<![\d.])(\d*\.?\d+)[eE]([+-]?\d{1,3})(?![\d.])", r"(\1*10^{\2})"), (r"_(\d+|[A-Za-z])", r"_{\1}"),
-    (r"(?<![\d.,(\[⦃])(?<![(\[⦃]-)\d{1,3}((,\d{3})+|( \d{3})+)(?![\d)\]⦄]|[, ]\d)",
-     lambda match: re.sub("[, ]", "", match[0])),
-    (r"(?<=}) |(?<!\d) | (?!\d)|[.,: ]+$", ""), (r"\|([^|]*)\|", r"\\abs(\1)"), (r"s⟩", "⟩"), (r"⦃ ?⦄", "∅"),
-    (r"(\\(?:sin|cos|tan|ln))(\^\d)?(\d*[A-Za-zπα-ω]|\d+|\{\w*\})(?![\^_({\wπα-ω]|\\(?!sin|cos))", r"\1\2(\3)"),
-    (r"(\\(?:sin|cos|tan|ln))(\^\d)?(\([^()]*\))", r"(\1\3)\2"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
-    # a word, or a number in another base, is one name
-    (r"(?<![^,(\[⦃=&-])((?i:no|[a-z]{3,}[a-z\d-]*)|[A-Z\d]{2,}_\{\w+\})(?![^,)\]⦄=&])", lambda m: f"'{m[0].lower()}'"))]
+    (r"(?<![\d.,(\[⦃])(?<![(\[⦃]-)\d{1,3}([, ]\d{3})+(?![\d)\]⦄]|[, ]\d)", lambda match: re.sub("[, ]", "", match[0])),
+    (r"(?<=}) |(?<!\d) | (?!\d)|[.,: ]+$", ""), (r"s⟩", "⟩"), (r"⦃ ?⦄", "∅"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
+    (r"(?<![^,(\[⦃=&-])((?i:no|[a-z]{3,}[a-z\d-]*)|\d+_\{\d+\})(?![^,)\]⦄=&])", lambda m: f"'{m[0].lower()}'"))]
 # What one of two answers may leave out, by the mark that shows it: a unit, or x=, f(x)=, (x,y)=, AB=, area=
-OPTIONAL = {"⟨": "⟨[^⟩]*⟩", "=":
-            r"(?<![^,])(?:[A-Za-zα-ω](?:_\{\w+\})?(?:\^\{-1\})?(?:\([\w,]*\))?|\([a-z](?:,[a-z])+\)|[A-Z]+|'\w+')="}
-TOKEN = re.compile(r"'[^']*'|⟨[^⟩]*⟩|[\d.]+|\\(?:frac|root|abs|(?:sin|cos|tan|ln)(?=\())|[A-Za-zα-ω∞∅](?:_\{\w+\})?|.")
-LEVELS = {symbol: level for level, symbols in enumerate(
-    (["", *")]}⦄⟧"], ",", "¶", "&", "=≠<>≤≥", ":", "+-", "*/", "^")) for symbol in symbols}
-NARY, PRODUCT, POWER, ATOM, BRACKETS = 5, 7, 8, 9, {pair: pair for pair in "() [] (] [) {} ⦃⦄ ⟦⟧".split()}
+OPTIONAL = {"⟨": "⟨[^⟩]*⟩", "=": r"(?<![^,])(?:(?:'\w+'|[A-Z]+|[a-zα-ω])(?:_{\w+})?(?:\(\w*\))?|\(\w(?:,\w)+\))="}
+TOKEN = re.compile(r"'[^']*'|⟨[^⟩]*⟩|[\d.]+|\\(?:frac|root)|[A-Za-zα-ω∞∅](?:_\{\w+\})?|.")
+# How tightly an operator binds: closing brackets not at all, up to RATIO they join parts, the others compute.
+LEVELS = {symbol: level for level, row in enumerate(")]}⦄⟧ , ¶ & =≠<>≤≥ : +- */ ^".split()) for symbol in row}
+RATIO, PRODUCT, POWER, ATOM, BRACKETS = 5, 7, 8, 9, {pair: pair for pair in "() [] (] [) {} ⦃⦄ ⟦⟧".split()}
 OPERATIONS = {"+": lambda a, b: a - -b, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": operator.pow,
               r"\frac": operator.truediv, r"\root": lambda n, a: operate("^", a, 1 / n)}
-FUNCTIONS = {r"\abs": abs, r"\sin": math.sin, r"\cos": math.cos, r"\tan": math.tan, r"\ln": math.log}
 
 def extract_boxed(text):
     r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5; None without box, or if it is not closed. Ours."""
@@ -234,18 +228,15 @@ def extract_boxed(text):
 
 def normalize_answer(s):
     """One spelling for notations with one meaning: REWRITES in order; over MAX_CHARS only stripped. Ours."""
-    s = s.strip()
     for pattern, replacement in REWRITES if len(s) <= MAX_CHARS else ():
         s = pattern.sub(replacement, s)
-    return s
+    return s.strip()
 
 def operate(sign, a, b):
-    """Exact where it can be, and never large; odd roots of negative numbers are real, other roots principal ones."""
+    """Exact where it can be, and never large; roots are the principal ones, that of -8 is complex."""
     bits = [max(map(int.bit_length, n.as_integer_ratio())) if isinstance(n, Fraction) else 0 for n in (a, b)]
     if (bits[0] * abs(b) if sign == "^" else max(bits)) > MAX_BITS:
         raise OverflowError("too large")
-    if sign == "^" and all(bits) and a < 0 and b.denominator % 2:
-        return (-1) ** b.numerator * (-a) ** b
     return OPERATIONS[sign](a, b)
 
 def read(tokens, point, level=1):
@@ -254,17 +245,15 @@ def read(tokens, point, level=1):
     if token in "+-":
         value = Fraction(token + "1") * read(tokens, point, POWER)
     elif token in "([{⦃⟦":
-        value, kind = read(tokens, point), BRACKETS[token + tokens.pop()]
-        if isinstance(value, tuple) and value[0][0] == "," and kind != "⦃⦄":
-            value = kind, value[1]
+        value, pair = read(tokens, point), BRACKETS[token + tokens.pop()]
+        if isinstance(value, tuple) and value[0][0] == "," and pair != "⦃⦄":
+            value = pair, value[1]
     elif token in OPERATIONS:  # \frac, \root
         value = operate(token, read(tokens, point, ATOM), read(tokens, point, ATOM))
-    elif token in FUNCTIONS:
-        value = FUNCTIONS[token](read(tokens, point, ATOM))
     else:
         value = Fraction(token) if token[0] in ".0123456789" else point[token]
     while (binding := LEVELS.get(tokens[-1], PRODUCT)) >= level:
-        if binding > NARY:  # two values side by side are a product
+        if binding > RATIO:  # two values side by side are a product
             sign = tokens.pop() if tokens[-1] in LEVELS else "*"
             value = operate(sign, value, read(tokens, point, min(binding + 1, POWER)))
             continue
@@ -290,10 +279,10 @@ def read_answer(s):
     tokens, values = TOKEN.findall(s if len(s) <= 2 * MAX_CHARS else ""), []
     names = sorted({token for token in tokens if re.match("['⟨A-Za-zα-ω∞∅]", token)} - {"e", "i", "π"})
     for index in range(8):  # three points of integers, even and odd, then fractions of both signs
-        point, stack = {"e": math.e, "i": 1j, "π": math.pi}, ["", *tokens[::-1]]
-        for position, name in enumerate(names):
+        point, stack = {"e": math.e, "i": 1j, "π": math.pi}, [")", *tokens[::-1]]
+        for rank, name in enumerate(names, 1):
             n = random.Random(f"{index}{name}").randint(2, 20)
-            point[name] = Fraction(2 * n + index) if index < 3 else Fraction(n * (-1) ** (position + 1 >> index - 3), 8)
+            point[name] = Fraction(2 * n + index) if index < 3 else Fraction(n * (-1) ** (rank >> index - 3), 8)
         try:
             value = read(stack, point)
             values.append(None if len(stack) > 1 or (index > 2 and "j" in repr(value)) else spell(value))
@@ -312,10 +301,9 @@ def is_equiv(a, b):
 
 def reward_fn(completion, answer):
     """1.0 if the last box equals the answer (or one of a list; each may be a text with a box), else 0.0. Ours."""
-    candidate = extract_boxed(completion)
     golds = map(str, answer if isinstance(answer, (list, tuple, set)) else [answer])
     golds = [(extract_boxed(gold) or "") if re.search(r"\\(boxed|fbox)", gold) else gold for gold in golds]
-    return float(candidate is not None and any(is_equiv(candidate, gold) for gold in golds))
+    return float(any(is_equiv(extract_boxed(completion) or "", gold) for gold in golds))
 
 # ------------------------------------------------------------------------------------------------------------- the tree
 @dataclass(eq=False)
