@@ -669,7 +669,7 @@ CASES = {
     ;; \sqrt{a^2b^2c^2} ~ abc ;; (1,2)+(3,4) ~ (1,2) ;; 2(1,2) ~ (1,2) ;; x^2 ~ 2^x ;; (-1)^n ~ -1 ;; (-1)^n ~ 1
     ;; 5\text{ hours } 30\text{ minutes} ~ 150 ;; 0.\overline{12} ~ 0.12 ;; \lfloor x \rfloor ~ x ;; 1.2.3 ~ 0.36
     ;; sin(2x) ~ 2sin(x) ;; x sin(2) ~ 2 sin(x) ;; xsin(2) ~ sin(2x) ;; log(2x) ~ 2log(x)
-    ;; arctan(2x) ~ 2arctan(x) ;; f(2x) ~ 2f(x)
+    ;; arctan(2x) ~ 2arctan(x) ;; f(2x) ~ 2f(x) ;; P(2x) ~ 2P(x)
     ;; sinh(2x) ~ 2sinh(x) ;; gcd(2a) ~ 2gcd(a) ;; cos(ab) ~ a cos(b) ;; 1+sin 2x ~ 1+2 sin x ;; \sqrt{1.0000000001} ~ 1
     ;; \begin{pmatrix}1\\2\end{pmatrix} ~ 1,2 ;; \pi ~ 3.14159265358979323846"""),
     "not supported": (r"""\sin 2x ~ \sin  2x ;; \ln|x|+C ~ $\ln|x|+C$""", r"""\sqrt[3]{-8} ~ -2 ;; \ln 8 ~ 3\ln 2

@@ -193,8 +193,8 @@ REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacemen
     (r"\\\\", "¶"), (r"\\begin\{[pb]matrix\}", "⟦"), (r"¶?\s*\\end\{[pb]matrix\}", "⟧"), (r"\\[dtc]frac", r"\\frac"),
     (r"\\(left|right|[bB]igg?[lr]?|displaystyle|rm|bf)(?![A-Za-z])\.?|\\[()\[\]!]|\{,\}|\\?[$£€%]|\\angle", ""),
     (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (";", ","), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\d)", r"\\frac{\1}"),
-    # the name of a function is no product of letters: sin 2x and f(2x) are not 2 sin x and 2f(x)
-    (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln|log|exp|[a-z]{3,}(?=\()|[fgh](?=\([^()]*\)(?! ?=)))(?![a-z])", r"\\\1"),
+    # the name of a function is no product of letters: sin 2x and P(2x) are not 2 sin x and 2P(x)
+    (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln|log|[a-z]{3,}(?=\()|[fghA-Z](?=\([^()]*\)(?! ?=)))(?![a-z])", r"\\\1"),
     (r"\\[A-Za-z]+|\\[{}]|[^\x00-\x7f]", lambda match: SYMBOLS.get(match[0], match[0])), (r"\^? ?\{?°\}?", "⟨degree⟩"),
     (rf"[,; ]*({TEXT}\{{[, ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[, ]*\}}?[, ]*", ","), (r"\^\{(\w)\}", r"^\1"),
     (rf"(?<=[\d}})π]) *((/? ?{TEXT}\{{(?![ie]\}})[^{{}}]*\}} ?(\^ ?\d)?)+|{UNIT})", r"⟨\g<0>⟩"),  # 5 cm^2 -> 5⟨cm^2⟩
