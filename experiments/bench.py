@@ -39,6 +39,7 @@ def all_cases():
     bars = dict(recompute=("ratio", 2), independent=("ratio", 2.5))
     yield case("sampling", "4 x 128, branching 8 8 8", sampling, bars, **n8)
     yield case("sampling", "12 x 768, branching 4 4 4", sampling, **wide)
+    yield case("sampling", "12 x 768, branching 8 8 8", "tree recompute independent", bars, **n8, **wide)
     yield case("update", "4 x 128, branching 4 4 4", update, dict(leaf_rows=("ratio", 2)), quick=True, pack_len=512)
     yield case("update", "12 x 768, branching 4 4 4", update, **wide)
     yield case("update", "8 8 8, prompt 200, step 384, --pack-len 4096, counted",
