@@ -601,7 +601,8 @@ CASES = {
     ;; 12 \text{ apples} ~ 12.0""", r"""15^2 ~ 15 cm^2 ;; 5 cm ~ 6 cm ;; 5\text{ cm} ~ 5\text{ m} ;; 5x ~ 5
     ;; 5 x ~ 5 ;; 2 pi ~ 2 ;; 5\text{ cm}^2 ~ 25 ;; 24 eggs ~ 42 eggs ;; 5m ~ 5 ;; 3ab ~ 3
     ;; 8\text{ hours} ~ 8\text{ minutes} ;; 5 km ~ 50 km ;; 5 \sin x ~ 5 ;; 2 cos x ~ 2"""),
-    "symbolic": (r"""(x+1)^2 ~ x^2+2x+1 ;; x^2 - 4 ~ (x-2)(x+2) ;; 2x ~ x*2 ;; 2(x+y) ~ 2x+2y ;; \frac{x}{2} ~ 0.5x
+    "symbolic": (r"""\frac{x}{y}\cdot\frac{y}{z} ~ \frac{x}{z}
+    ;; (x+1)^2 ~ x^2+2x+1 ;; x^2 - 4 ~ (x-2)(x+2) ;; 2x ~ x*2 ;; 2(x+y) ~ 2x+2y ;; \frac{x}{2} ~ 0.5x
     ;; \frac{1}{x}+\frac{1}{y} ~ \frac{x+y}{xy} ;; x^{-1} ~ \frac1x ;; -(x-3) ~ 3-x
     ;; \left(x+1\right)\left(x-1\right) ~ x^2-1 ;; \frac{n(n+1)}{2} ~ \frac{n^2+n}{2} ;; 2^{n+1} ~ 2\cdot 2^n
     ;; a^{3/2} ~ a\sqrt{a} ;; e^{-x} ~ \frac{1}{e^x}
@@ -669,7 +670,7 @@ CASES = {
     ;; \sqrt{a^2b^2c^2} ~ abc ;; (1,2)+(3,4) ~ (1,2) ;; 2(1,2) ~ (1,2) ;; x^2 ~ 2^x ;; (-1)^n ~ -1 ;; (-1)^n ~ 1
     ;; 5\text{ hours } 30\text{ minutes} ~ 150 ;; 0.\overline{12} ~ 0.12 ;; \lfloor x \rfloor ~ x ;; 1.2.3 ~ 0.36
     ;; sin(2x) ~ 2sin(x) ;; x sin(2) ~ 2 sin(x) ;; xsin(2) ~ sin(2x) ;; log(2x) ~ 2log(x)
-    ;; arctan(2x) ~ 2arctan(x) ;; f(2x) ~ 2f(x) ;; P(2x) ~ 2P(x)
+    ;; arctan(2x) ~ 2arctan(x) ;; f(2x) ~ 2f(x) ;; P(2x) ~ 2P(x) ;; \sqrt{z^2} ~ z
     ;; sinh(2x) ~ 2sinh(x) ;; gcd(2a) ~ 2gcd(a) ;; cos(ab) ~ a cos(b) ;; 1+sin 2x ~ 1+2 sin x ;; \sqrt{1.0000000001} ~ 1
     ;; \begin{pmatrix}1\\2\end{pmatrix} ~ 1,2 ;; \pi ~ 3.14159265358979323846"""),
     "not supported": (r"""\sin 2x ~ \sin  2x ;; \ln|x|+C ~ $\ln|x|+C$""", r"""\sqrt[3]{-8} ~ -2 ;; \ln 8 ~ 3\ln 2

@@ -278,14 +278,14 @@ def read_answer(s):
     """Spelled values of a normalized answer at fixed points; None if it cannot be read: the check for golds. Ours."""
     tokens, values = TOKEN.findall(s if len(s) <= 2 * MAX_CHARS else ""), []
     names = sorted({token for token in tokens if re.match("['⟨A-Za-zα-ω∞∅]", token)} - {"e", "i", "π"})
-    for index in range(8):  # three points of integers, even and odd, then fractions of both signs
+    for turn in range(8):  # three points of integers, even and odd, then fractions of both signs
         point, stack = {"e": math.e, "i": 1j, "π": math.pi}, [")", *tokens[::-1]]
-        for rank, name in enumerate(names, 1):
-            n = random.Random(f"{index}{name}").randint(2, 20)
-            point[name] = Fraction(2 * n + index) if index < 3 else Fraction(n * (-1) ** (rank >> index - 3), 8)
+        for name in names:  # by its name alone: other names of the answer may cancel
+            n = random.Random(f"{turn}{name}").randint(2, 20)
+            point[name] = Fraction(2 * n + turn) if turn < 3 else Fraction(n * (-1) ** (ord(name[-1]) >> turn - 3), 8)
         try:
             value = read(stack, point)
-            values.append(None if len(stack) > 1 or (index > 2 and "j" in repr(value)) else spell(value))
+            values.append(None if len(stack) > 1 or (turn > 2 and "j" in repr(value)) else spell(value))
         except Exception:  # nothing a model writes may stop the training
             values.append(None)
     return values if values.count(None) < 6 else None
