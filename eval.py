@@ -46,7 +46,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from tqdm import tqdm
-from treerpo import (HERE, BadInput, above_zero, append_jsonl, build_prompt, extract_boxed, grade, is_equiv, load_model,
+from treerpo import (HERE, BadInput, append_jsonl, build_prompt, extract_boxed, grade, is_equiv, load_model,
                      load_questions, load_template, make_decoding, newest_checkpoint, require, sample_trees)
 
 BENCHMARKS = {  # name: data file or hub ID:CONFIG:SPLIT, column of the question, column of the answer
@@ -59,7 +59,6 @@ BENCHMARKS = {  # name: data file or hub ID:CONFIG:SPLIT, column of the question
     "gsm8k": ("openai/gsm8k:main:test", "question", "answer")}
 
 # ------------------------------------------------------------------------------------------ figures, noise, differences
-
 def pass_at_k(n, c, k):
     """Share of the k-subsets of n samples that hold one of c right ones; unbiased (Chen et al., arXiv 2107.03374)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
@@ -131,7 +130,6 @@ def verdict(letter, first, other, k):
             f"length {noise[not abs(longer) > 1.96 * se]} (1.96 standard errors)")
 
 # ------------------------------------------------------------------------------------ one model on one benchmark: a job
-
 def sha(*texts):
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 def revision(name, model):
@@ -215,7 +213,6 @@ def run_job(job):
     return values
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
 def note(text):
     print("eval.py:", *text.split(), file=sys.stderr)  # one line, whatever the message holds
 def shown(name):
@@ -228,11 +225,14 @@ def parse_args(argv):
     parser.error = lambda message: require(False, message)
     for line in re.findall(r"^  (--.*)", __doc__, re.M):
         flag, kind, default, _ = re.split(" +", line, maxsplit=3)
-        read = dict(count=above_zero(int), float=float, int=int).get(kind, str)
+        read = dict(count=int, float=float, int=int).get(kind, str)
         parser.add_argument(flag, help=argparse.SUPPRESS, type=read, nargs="+" if kind == "list" else None,
                             default=None if default == "-" else [default] if kind == "list" else read(default),
                             choices=kind.split("|") if "|" in kind else None)
     args, cuda = parser.parse_args(argv), torch.cuda.is_available()
+    for name in ("limit", "samples", "max_new_tokens", "max_rows"):
+        n = getattr(args, name)
+        require(n is None or n > 0, f"--{name.replace('_', '-')}: {n} must be above zero")
     require(0 <= args.temperature < math.inf, f"--temperature {args.temperature}: give 0 for greedy, or more")
     require(args.samples == 1 or args.temperature, f"--samples {args.samples}: greedy is one; add --temperature")
     for name in args.benchmarks:

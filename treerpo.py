@@ -37,36 +37,36 @@ model and data
 tree
   --algo                treerpo|grpo|gspo|treeadv  treerpo  =  named set of --branch-at, --advantage and --ratio
   --branch-at           fixed|entropy  fixed  =  every --step-len tokens, or at uncertain tokens (treeadv)
-  --branching           counts 8,2,2  4,2,2,2  children of a node at each level; depth 1: 32, demo 8
-  --step-len            counts 384  14  tokens of a step, one number or one a level; depth 1: 1152, demo 56
-  --leaves              count  32  8  entropy branching: rollouts per question in all
-  --trees               count  8  4  entropy branching: first rollouts per question, the others fork from them
-  --entropy-threshold   real   1.0  0.3  entropy branching: nats above which a token may fork
-  --temperature         real   1.0  =  of sampling and scoring alike
-  --questions-per-step  count  16  =  questions of one batch
+  --branching           ints   8,2,2  4,2,2,2  children of a node at each level; depth 1: 32, demo 8
+  --step-len            ints   384  14  tokens of a step, one number or one a level; depth 1: 1152, demo 56
+  --leaves              int    32  8  entropy branching: rollouts per question in all
+  --trees               int    8  4  entropy branching: first rollouts per question, the others fork from them
+  --entropy-threshold   float  1.0  0.3  entropy branching: nats above which a token may fork
+  --temperature         float  1.0  =  of sampling and scoring alike
+  --questions-per-step  int    16  =  questions of one batch
 learning
-  --steps               count  300  40  training steps, one batch each
-  --lr                  real   1e-6  2e-4  AdamW learning rate, after 5 steps of linear warm-up
+  --steps               int    300  40  training steps, one batch each
+  --lr                  float  1e-6  2e-4  AdamW learning rate, after 5 steps of linear warm-up
   --advantage           siblings|leaves|both  siblings  =  compare siblings, redistribute leaves' (treeadv), or the sum
   --ratio               token|sequence  token  =  importance ratio per token, or per step (gspo)
-  --clip-eps            real   0.2  =  PPO clip range, 1 +- this; gspo 4e-4
-  --updates-per-batch   count  1  =  optimiser steps on each batch
+  --clip-eps            float  0.2  =  PPO clip range, 1 +- this; gspo 4e-4
+  --updates-per-batch   int    1  =  optimiser steps on each batch
   --normalizer          bernoulli|std|none  bernoulli  =  divisor of the advantages
   --level-weight        tokens|levels  tokens  =  every token alike, or every depth alike
   --min-group-std       float  0.0  =  drop groups whose rewards have at most this population standard deviation
   --seed                int    0  =  of sampling, data order and evaluation
 memory and speed
-  --max-rows            count  512  2048  sequences of one generate call; bounds the KV cache
-  --pack-len            count  4096  512  tokens of one training forward; bounds the activations
+  --max-rows            int    512  2048  sequences of one generate call; bounds the KV cache
+  --pack-len            int    4096  512  tokens of one training forward; bounds the activations
   --grad-checkpointing  flag   -  =  compute activations again in the backward pass
   --dtype               auto|float32|mixed|bfloat16  auto  =  mixed (auto on CUDA): float32 weights, bf16 work
   --device              auto|cpu|cuda  auto  =  where to run
 evaluation and output
-  --eval-every          count  20  10  steps between evaluations
-  --eval-questions      count  128  256  held-out questions used, the first ones
-  --eval-samples        count  4  8  k of avg@k
-  --save-every          count  50  20  steps between checkpoints
-  --keep                count  2  =  newest checkpoints kept
+  --eval-every          int    20  10  steps between evaluations
+  --eval-questions      int    128  256  held-out questions used, the first ones
+  --eval-samples        int    4  8  k of avg@k
+  --save-every          int    50  20  steps between checkpoints
+  --keep                int    2  =  newest checkpoints kept
   --print-tree          flag   -  =  print the first tree of every step
   --dump-trees          str    -  =  write every node as a JSON line to this file
 Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.
@@ -75,13 +75,10 @@ import argparse, copy, json, math, operator, os, random, re, resource, shutil, s
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 
 import datasets, huggingface_hub, torch
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
@@ -100,12 +97,12 @@ QWEN_MATH = ("<|im_start|>system\nPlease reason step by step, and put your final
 
 def load_template(name, tokenizer):
     """--template -> a text with {question} in it. Raises BadInput."""
-    name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
     known = {"qwen-math": QWEN_MATH, "none": "{question}"}
+    name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
     if tokenizer.chat_template:
-        turns, how = [{"role": "user", "content": "{question}"}], dict(tokenize=False, add_generation_prompt=True)
-        own = tokenizer.decode(tokenizer.encode(""))  # the BOS that encode() puts in front itself
-        known["chat"] = tokenizer.apply_chat_template(turns, **how).removeprefix(own)
+        turns, bos = [{"role": "user", "content": "{question}"}], tokenizer.decode(tokenizer.encode(""))
+        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        known["chat"] = chat.removeprefix(bos)  # encode() puts it in front itself
     text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
     require("{question}" in text, f"--template {name}: not {'/'.join(known)} or a file with {{question}} in it")
     return text
@@ -127,23 +124,21 @@ def read_rows(source):
     try:
         if suffix == ".jsonl":
             return [json.loads(text) for text in open(source, "rb") if (line := line + 1) and text.strip()]
-        if suffix == ".json":
-            return list(json.loads(Path(source).read_bytes()))
-        if suffix == ".parquet":
-            return datasets.Dataset.from_parquet(source, keep_in_memory=True)
+        if suffix in (".json", ".parquet"):
+            return datasets.load_dataset(suffix[1:], data_files=source, split="train")
         use_hub_or_cache()
         name, config, split = f"{source}::".split(":")[:3]
         return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as e:  # a dozen unrelated types say "not there", "not reachable" or "not readable"
-        raise BadInput(f"cannot read {source}{f' line {line}' * bool(line)} ({type(e).__name__}: {e!s:.200}); it takes "
-                       "a .jsonl, .json or .parquet file, or a hub id that is reachable or in the local cache") from e
+        place = f"{source} line {line}" if line else source
+        raise BadInput(f"cannot read {place} ({e!r:.200}); give a local .jsonl, .json, .parquet, or a hub id") from e
 
 def pick(row, place, wanted, usual):
     """The row's value in the wanted column, else in the first usual one it has, in whatever case. Raises BadInput."""
     columns = {str(name).lower(): name for name in row} if isinstance(row, dict) else {}
-    found = [name for name in ([wanted.lower()] if wanted else usual) if name in columns]
+    found = [columns[name] for name in ([wanted.lower()] if wanted else usual) if name in columns]
     require(found, f"{place}: no {wanted or '/'.join(usual)} in columns {[*columns]}; name it by --{usual[0]}-column")
-    return row[columns[found[0]]]
+    return row[found[0]]
 
 def load_questions(source, question_column=None, answer_column=None, skip_unanswered=False):
     """-> [{"id": row number from 0, "question": str, "answer": str, number or list}]. Raises BadInput."""
@@ -152,8 +147,7 @@ def load_questions(source, question_column=None, answer_column=None, skip_unansw
         place = f"{source} row {number + 1}"
         question = pick(row, place, question_column, ["question", "problem"])
         answer = pick(row, place, answer_column, ["answer", "final_answer", "solution"])
-        if isinstance(answer, str):  # GSM8K writes the reasoning, then #### and the answer
-            answer = answer.rsplit("####", 1)[-1].strip()
+        answer = answer.rsplit("####", 1)[-1].strip() if isinstance(answer, str) else answer  # GSM8K
         golds = answer if isinstance(answer, list) else [answer]
         known = golds and all(type(gold) in (str, int, float) and str(gold).strip() for gold in golds)
         require(isinstance(question, str) and question.strip(), f"{place}: the question must be text: {question!r:.80}")
@@ -164,8 +158,8 @@ def load_questions(source, question_column=None, answer_column=None, skip_unansw
             odd += [gold for gold in golds if not (gold.isdigit() or read_answer(normalize_answer(gold)))]
     require(questions, f"{source}: no question is in it")
     if odd or len(questions) < len(rows):
-        print(f"{source}: {len(rows) - len(questions)} rows without an answer left out, {len(odd)} answers match only "
-              f"the same text: {odd[:3]}")
+        missing = len(rows) - len(questions)
+        print(f"{source}: {missing} rows without an answer left out, {len(odd)} answers match only as text: {odd[:3]}")
     return questions
 
 def fit_context(questions, name, template, tokenizer, budget, context):
@@ -361,8 +355,7 @@ def prefill(model, sequences, pad_id):
     ids = torch.tensor([[pad_id] * (length - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences], device=model.device)
     cache, positions = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
-    model.get_decoder()(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-                        past_key_values=cache, use_cache=True)
+    model.get_decoder()(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
     return ids, mask, cache
 
 def select_rows(state, rows):
@@ -533,19 +526,19 @@ def pack_tensors(pack, device):
     related = torch.tensor([[step in path for step in pack] for path in (set(node.path()) for node in pack)])
     row = dict(ids=[ids], positions=[positions], predictors=predictors, targets=targets, segments=segments,
                mask=related[owner][:, owner].tril()[None, None])
-    return SimpleNamespace(**{name: torch.as_tensor(value, device=device) for name, value in row.items()})
+    return argparse.Namespace(**{name: torch.as_tensor(value, device=device) for name, value in row.items()})
 
 def token_logps(model, row, temperature, n_tokens, chunk=256, keep=2**22):
     """Log-probs [M], float32, of the scored tokens under softmax(logits / temperature) over the first n_tokens ids. The
     head runs in chunks, and, if there are over `keep` logits in all, again in the backward pass: never more than
     chunk x vocabulary float32 logits at once."""
-    hidden = model.get_decoder()(input_ids=row.ids, attention_mask=row.mask, position_ids=row.positions,
-                                 use_cache=False).last_hidden_state[0, row.predictors]
+    out = model.get_decoder()(row.ids, attention_mask=row.mask, position_ids=row.positions, use_cache=False)
+    hidden = out.last_hidden_state[0, row.predictors]
     def score(hidden, targets):
         logits = model.get_output_embeddings()(hidden)[:, :n_tokens].float() / temperature
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
     again = len(hidden) * n_tokens > keep
-    return torch.cat([checkpoint(score, h, y, use_reentrant=False) if again else score(h, y)
+    return torch.cat([torch.utils.checkpoint.checkpoint(score, h, y, use_reentrant=False) if again else score(h, y)
                       for h, y in zip(hidden.split(chunk), row.targets.split(chunk))])
 
 def policy_loss(logps, old_logps, segments, advantages, weights, clip_eps, ratio):
@@ -573,12 +566,11 @@ def update_policy(model, optimizer, trees, weights, decoding, autocast, pack_len
         sums = torch.zeros(3)  # loss, clipped units, units
         for k, pack in enumerate(packs):
             row, scored = pack_tensors(pack, model.device), [node for node in pack if pack[node]]
-            advantages = torch.tensor([node.advantage for node in scored], device=model.device)
-            weight = torch.tensor([weights[node.depth] for node in scored], device=model.device)
+            per_step = torch.tensor([[node.advantage, weights[node.depth]] for node in scored], device=model.device)
             with autocast:
                 logps = token_logps(model, row, decoding.temperature, decoding.n_tokens)
             old = old_logps.setdefault(k, logps.detach())
-            loss, *counts = policy_loss(logps, old, row.segments, advantages, weight, clip_eps, ratio)
+            loss, *counts = policy_loss(logps, old, row.segments, *per_step.T, clip_eps, ratio)
             loss.backward()
             sums += torch.tensor([loss.item(), *counts])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -589,11 +581,6 @@ def update_policy(model, optimizer, trees, weights, decoding, autocast, pack_len
         metrics = dict(grad_norm=norm if finite else None, clip_ratio=(sums[1] / sums[2]).item(),
                        skipped=metrics["skipped"] or not finite)
     return metrics
-
-def copy_weights(source, target):
-    """Make the sampling copy follow the trained weights, rounded to its own precision."""
-    if target is not source:
-        target.load_state_dict(source.state_dict())
 
 def grade(trees, questions, tokenizer):
     """Fill the reward of every leaf by the verifier. -> (leaves, their texts)."""
@@ -615,20 +602,15 @@ def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
     return accuracy
 
 # ------------------------------------------------------------------------------------------ model, checkpoint and log
-def from_pretrained(kind, name, **options):
-    """kind.from_pretrained(name) for a folder, hub or cache. Raises BadInput."""
-    try:
-        os.path.isdir(name) or use_hub_or_cache()
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
-                       "or a hub id that is reachable or in the local cache") from e
-
 def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
     """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
-    tokenizer, weights = from_pretrained(AutoTokenizer, name), torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    try:
+        os.path.isdir(name) or use_hub_or_cache()
+        tokenizer, kind = AutoTokenizer.from_pretrained(name), torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError) as e:
+        raise BadInput(f"--model {name}: neither a folder nor a hub id reachable or in the cache ({e!s:.200})") from e
     require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
-    model = from_pretrained(AutoModelForCausalLM, name, dtype=weights, attn_implementation="sdpa")
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
             "qwen2, qwen3 and llama models with full attention in every layer are tested")
@@ -653,13 +635,6 @@ def append_jsonl(path, rows):
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
-def drop_later_steps(path, step):
-    """Keep the lines of a JSONL file up to this step; a line torn by a kill goes too."""
-    lines = Path(path).read_bytes().splitlines(True) if os.path.exists(path) and step >= 0 else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    Path(f"{path}.tmp").write_bytes(b"".join(kept))
-    os.replace(f"{path}.tmp", path)
-
 def tree_rows(trees, batch, step, tokenizer):
     """Every node as a dict for --dump-trees; ids count through the step, a root's tokens are the prompt."""
     nodes = [(tree, batch[root.question], node) for tree, root in enumerate(trees) for node in root.walk()]
@@ -672,18 +647,15 @@ def checkpoints(out):
     """Checkpoint folders of a run, oldest first."""
     return sorted((p for p in Path(out).glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
 
-def is_whole(folder):
-    """Whether every file that save_checkpoint wrote is there with its size."""
-    try:
-        sizes = json.loads((folder / "manifest.json").read_bytes())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+def manifest(folder):
+    """Name and size of every file, to know a damaged checkpoint by."""
+    return {f"{p.stat().st_size} {p.name}" for p in folder.iterdir() if p.name != "manifest.txt"}
 
 def newest_checkpoint(out):
     """The newest whole checkpoint folder of a run, None if there is none; damaged ones are named."""
     for folder in reversed(checkpoints(out)):
-        if is_whole(folder):
+        saved = folder / "manifest.txt"
+        if saved.exists() and {*saved.read_text("utf-8", "replace").split("\n")} <= manifest(folder):
             return folder
         print(f"{folder} is damaged: a file is missing or has another size than when it was saved", file=sys.stderr)
 
@@ -693,12 +665,12 @@ def save_checkpoint(out, model, tokenizer, optimizer, last, keep):
     final, aside = Path(out) / f"checkpoint-{last['step']}", Path(out) / "checkpoint.tmp"
     for folder in (aside, final):  # left by a kill; damaged
         shutil.rmtree(folder, ignore_errors=True)
+    rng = dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        torch.save(dict(optimizer=optimizer.state_dict(), last=last, rng=torch.get_rng_state(),
-                        cuda_rng=torch.cuda.get_rng_state_all()), aside / "trainer_state.pt")
-        (aside / "manifest.json").write_text(json.dumps({p.name: p.stat().st_size for p in aside.iterdir()}))
+        torch.save(dict(optimizer=optimizer.state_dict(), last=last, **rng), aside / "trainer_state.pt")
+        (aside / "manifest.txt").write_text("\n".join(manifest(aside)))
         aside.rename(final)
     except Exception as e:  # torch and safetensors have types of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
@@ -707,29 +679,18 @@ def save_checkpoint(out, model, tokenizer, optimizer, last, keep):
         shutil.rmtree(old.rename(aside))  # renamed first: no half-deleted folder looks like a checkpoint
 
 # --------------------------------------------------------------------------------------------------------------- main
-ALGOS = {"treerpo": {}, "grpo": {}, "gspo": dict(ratio="sequence", clip_eps=4e-4),
-         "treeadv": dict(branch_at="entropy", advantage="leaves")}
+ALGOS = dict(grpo={}, gspo=dict(ratio="sequence", clip_eps=4e-4), treeadv=dict(branch_at="entropy", advantage="leaves"))
 # What a resumed run may change: it decides what fits and what is shown, not what is learned.
 MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree dump_trees resume".split()
-SHOWN = ("step", "reward", "eval/accuracy", "tok_per_s", "eval/greedy_accuracy", "frac_reward_zero_std",
-         "completions/mean_length", "completions/clipped_ratio", "skipped")  # on the line of each step
-
-def above_zero(kind):
-    """An argparse type: a finite number above zero."""
-    def number(text):
-        if not 0 < kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be a positive number")
-        return kind(text)
-    return number
+SHOWN = "step reward eval/accuracy tok_per_s eval/greedy_accuracy completions/mean_length skipped".split()  # on screen
 
 def parse_args(argv):
     """Command line -> namespace of all flags: those given, else those of the resumed run, else the table's defaults."""
-    parser = argparse.ArgumentParser(prog="treerpo.py", usage="python treerpo.py [flags]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = dict(count=above_zero(int), counts=above_zero(int), real=above_zero(float), float=float, int=int)
+    parser = argparse.ArgumentParser(None, "treerpo.py [flags]", __doc__, formatter_class=argparse.RawTextHelpFormatter)
+    kinds = dict(int=int, ints=int, float=float)
     hub, demo = {}, {}
     for flag, kind, default, own in re.findall(r"^  (--\S+) +(\S+) +(\S+) +(\S+)", __doc__, re.M):
-        read, many = kinds.get(kind, str), kind == "counts"
+        read, many = kinds.get(kind, str), kind == "ints"
         how = dict(type=read, nargs="+" if many else None, choices=kind.split("|") if "|" in kind else None)
         how = how if kind != "flag" else dict(action="store_true")
         name = parser.add_argument(flag, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **how).dest
@@ -738,23 +699,25 @@ def parse_args(argv):
     given = vars(parser.parse_args(argv))
     args, algo = hub if "model" in given else demo, given.get("algo", "treerpo")
     if algo != "treerpo":  # one level of whole answers
-        args |= dict(branching=[args["leaves"]], step_len=[args["step_len"][0] * len(args["branching"])], **ALGOS[algo])
-    if "data" in given:
-        args["eval_data"] = None
+        args |= dict(branching=[args["leaves"]], step_len=[args["step_len"][0] * len(args["branching"])]) | ALGOS[algo]
+    args |= dict(eval_data=None) if "data" in given else {}
     if "resume" in given:
-        try:
-            args = json.loads((Path(given["resume"]) / "config.json").read_text()) | {"out": given["resume"]}
-        except (OSError, ValueError) as e:
-            raise BadInput(f"--resume {given['resume']}: there is no run in that folder ({e})") from e
+        config = Path(given["resume"], "config.json")
+        require(config.exists(), f"--resume {given['resume']}: there is no run in that folder")
+        args = json.loads(config.read_text()) | {"out": given["resume"]}
         other = [name for name in given if given[name] != args[name] and name not in MAY_CHANGE]
         other += ["steps"] if given.get("steps", math.inf) < args["steps"] else []
         require(not other, f"--resume: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
-    args = SimpleNamespace(**args | given)
+    args = argparse.Namespace(**args | given)
     one_level = args.algo in ("grpo", "gspo") or args.branch_at == "entropy"
     require(not one_level or len(args.branching) == 1, "--branching: grpo, gspo and entropy branching take one number")
     require(len(args.step_len) in (1, len(args.branching)), "--step-len: give one number, or one for each --branching")
     require(args.trees <= args.leaves, "--trees must be at most --leaves")
     require(0 <= args.min_group_std < math.inf, "--min-group-std must be 0 or more")
+    for name, value in vars(args).items():
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
+        fine = name in ("seed", "min_group_std") or all(0 < n < math.inf for n in numbers)
+        require(fine, f"--{name.replace('_', '-')}: {value} must be above zero")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA GPU; use --device cpu")
     return args
 
@@ -789,8 +752,8 @@ def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens,
     leaves, texts = grade(trees, batch, tokenizer)                                                        # 2. verify
     verified = time.perf_counter()
     reward = fmean(map(backup_rewards, trees))                                                            # 3. back up
-    for _, forest in groupby(trees, key=lambda root: root.question):                                      # 4. compare
-        forest = list(forest)
+    for question in range(len(batch)):                                                                    # 4. compare
+        forest = [root for root in trees if root.question == question]
         for add_advantages in ADVANTAGES[args.advantage]:
             signals += add_advantages(forest, args.normalizer, args.min_group_std)
     nodes = [node for root in trees for node in root.walk() if node.parent]
@@ -798,7 +761,7 @@ def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens,
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=sampler is not model)
     update = update_policy(model, optimizer, trees, weights, decoding, autocast, args.pack_len, args.clip_eps,
                            args.ratio, args.updates_per_batch)                                            # 5. update
-    copy_weights(model, sampler)
+    sampler.load_state_dict(model.state_dict())  # a bf16 copy follows the trained weights, rounded
     end, tokens = time.perf_counter(), sum(len(node.tokens) for node in nodes)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"reward": reward, "frac_reward_zero_std": 1 - fmean(signals), "tokens_sampled": tokens,
@@ -811,7 +774,7 @@ def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens,
 
 def train(args):
     """A whole run: load, then step by step train, evaluate, log and save. -> exit status."""
-    columns, _ = (args.question_column, args.answer_column), from_pretrained(AutoTokenizer, args.model)  # fails early
+    columns = args.question_column, args.answer_column
     questions = load_questions(args.data, *columns)
     held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[::5]
     questions = questions if args.eval_data else [q for i, q in enumerate(questions) if i % 5] or questions
@@ -822,26 +785,25 @@ def train(args):
     fit = load_template(args.template, tokenizer), tokenizer, sum(step_lens), model.config.max_position_embeddings
     questions = fit_context(questions, args.data, *fit)
     held_out = fit_context(held_out[:args.eval_questions], "held-out questions", *fit)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=model.device.type == "cuda")  # no second copy of the weights while it steps
+    fused = model.device.type == "cuda"  # no second copy of the weights while it steps
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     torch.manual_seed(args.seed)
-    last = dict(step=-1, tokens_sampled=0, skipped=0)  # the newest metrics
+    logs = [out / "metrics.jsonl", *filter(None, [args.dump_trees])]
+    last = dict(step=-1, tokens_sampled=0, skipped=0, log_sizes=[0, 0])  # the newest metrics
     if resumed:
         state = torch.load(resumed / "trainer_state.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
         last = state["last"]
-    for path in filter(None, (out / "metrics.jsonl", args.dump_trees)):
-        drop_later_steps(path, last["step"])
+    for path, size in zip(logs, last["log_sizes"]):  # a kill may have left lines of later steps, or half a line
+        with open(path, "ab") as file:
+            file.truncate(min(size, file.tell()))
     (out / "config.tmp").rename(out / "config.json")
 
-    stops = []  # Ctrl-C: the run ends after this step
-    def on_interrupt(signum, frame):
-        stops.append(signal.signal(signum, signal.default_int_handler))
-        print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
-    signal.signal(signal.SIGINT, on_interrupt)
-    print(f"{out}: continuing after step {last['step']}" if resumed else f"{out}: a new run")
+    stops = []  # the first Ctrl-C ends the run after this step, the second one at once
+    signal.signal(signal.SIGINT, lambda number, _: stops.append(signal.signal(number, signal.default_int_handler)))
+    print(f"{out}: {max(0, last['step'])} steps done; Ctrl-C finishes a step and saves, Ctrl-C twice stops at once")
     for step in (bar := tqdm(range(last["step"] + 1, args.steps + 1), desc=args.algo)):
         row = {"step": step}
         if step:  # step 0 is the evaluation before training
@@ -857,8 +819,8 @@ def train(args):
                 tqdm.write(render_tree(trees[0], tokenizer))
         if step % args.eval_every == 0 or step == args.steps:
             row |= evaluate(sampler, tokenizer, held_out, args.eval_samples, sum(step_lens), decoding, args.seed)
-        last |= row
-        append_jsonl(out / "metrics.jsonl", [row])
+        append_jsonl(logs[0], [row])
+        last |= row | dict(log_sizes=[os.path.getsize(path) for path in logs])
         tqdm.write(", ".join(f"{name} {round(row[name], 3):,}" for name in SHOWN if name in row))
         bar.set_postfix({name: last[name] for name in SHOWN[1:4] if name in last})
         if step and (step % args.save_every == 0 or step == args.steps or stops or last["skipped"] == 3):
@@ -880,9 +842,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except (RuntimeError, MemoryError) as e:
-        if "memory" in f"{type(e).__name__} {e}".lower():
-            e.add_note(f"Out of memory: lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or "
-                       "add --grad-checkpointing; then continue from the last checkpoint with --resume")
+        e.add_note(f"Out of memory? Lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or add "
+                   "--grad-checkpointing; then continue from the last checkpoint with --resume")
         raise
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def step_arm(arm, c):
             treerpo.backup_rewards(root)
         treerpo.add_sibling_advantages(trees, "bernoulli")
         update("packed", model, optimizer, trees, decoding, c)
-        treerpo.copy_weights(model, sampler)
+        sampler.load_state_dict(model.state_dict())
         share = 100 * (1 - spent["work"] / (clock(c) - begin))
         steps.append({"sample s": sampled - begin} | ({"overhead %": share} if arm == "overhead" else {}))
     if arm == "overhead":

@@ -67,7 +67,7 @@ def main():
                 bar.update()
                 folders = treerpo.checkpoints(out)
                 without += not folders
-                if folders and not any(map(treerpo.is_whole, folders)):
+                if folders and not treerpo.newest_checkpoint(out):
                     lost.append(f"no whole checkpoint after kill {kills}")
         a, b = (load_file(run / f"checkpoint-{args.steps}" / "model.safetensors") for run in (whole, out))
         if any(not a[k].equal(b[k]) for k in a):
