@@ -418,6 +418,9 @@ def test_second_update_uses_the_first_passes_log_probs():
 
     def spy(logps, old, *rest):
         seen.append((logps.detach(), old))
+        _, advantages, step_weights, *_ = rest  # at ratio 1 they might be swapped unseen, when clipping not
+        assert advantages.tolist() == pytest.approx([n.advantage for n in nodes_of(roots) if n.trained])
+        assert step_weights.tolist() == pytest.approx([weights[n.depth] for n in nodes_of(roots) if n.trained])
         return original(logps, old, *rest)
     weights = unit_weights(nodes_of(roots), "tokens", "token")
     with pytest.MonkeyPatch.context() as patch:

@@ -842,8 +842,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except (RuntimeError, MemoryError) as e:
-        e.add_note(f"Out of memory? Lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or add "
-                   "--grad-checkpointing; then continue from the last checkpoint with --resume")
+        if "memory" in f"{type(e).__name__} {e}".lower():
+            e.add_note(f"Out of memory: lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or "
+                       "add --grad-checkpointing; then continue from the last checkpoint with --resume")
         raise
 
 if __name__ == "__main__":
