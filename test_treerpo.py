@@ -1267,10 +1267,10 @@ def test_the_bf16_sampling_copy_follows_every_update(tmp_path, monkeypatch):
     monkeypatch.setattr(treerpo, "sample_trees", record)
     assert run("--out", tmp_path / "run", "--dtype", "mixed", "--grad-checkpointing", *SMALL, "--steps", "2",
                "--eval-every", "1") == 0
-    # two calls for an evaluation (sampled, greedy), one for a step: the last of each group sees the newest weights
-    for checkpoint, call in ((1, 4), (1, 5), (2, 7)):
+    # calls: 0, 1 the evaluation before training; 2 step 1; 3, 4 evaluation; 5 step 2; 6, 7 evaluation
+    for checkpoint, call in ((1, 3), (1, 4), (1, 5), (2, 6), (2, 7)):
         saved = load_file(tmp_path / f"run/checkpoint-{checkpoint}/model.safetensors")
-        assert all(used[call][name].equal(p.bfloat16()) for name, p in saved.items())
+        assert all(p.dtype == torch.float32 and used[call][name].equal(p.bfloat16()) for name, p in saved.items())
     assert not same_weights(tmp_path / "run/checkpoint-1", treerpo.HERE / "demo/model")
 
 
@@ -1309,8 +1309,12 @@ def test_help_lists_every_flag(capsys):
 
 
 BAD = {
-    "model folder": (["--model", "no/such/folder/at/all", "--data", "fine.jsonl"], "--model"),
-    "hub": (["--model", "Qwen/Qwen2.5-Math-1.5B"], "nlile/"),  # the first one that needs it
+    "model folder": (["--model", "no/such/folder/at/all"], "--model"),
+    "model hub": (["--model", "Qwen/Qwen2.5-Math-1.5B", "--data", "fine.jsonl"], "--model"),
+    "data hub": (["--data", "nlile/hendrycks-MATH-benchmark"], "nlile/hendrycks-MATH-benchmark"),
+    "resume a checkpoint": (["--resume", MODEL], "--resume"), "torn run": (["--resume", "broken"], "--resume"),
+    "resume a list": (["--resume", "odd"], "--resume"),
+    "no EOS": (["--model", "no-eos", "--data", "fine.jsonl", "--eval-data", "fine.jsonl"], "eos_token"),
     "data missing": (["--data", "none.jsonl"], "none.jsonl"),
     "data empty": (["--data", "empty.jsonl"], "empty.jsonl"),
     "data not JSON": (["--data", "torn.jsonl"], "torn.jsonl line 2"),
@@ -1342,6 +1346,11 @@ def test_bad_input_exits_2_with_a_short_message(name, tmp_path, monkeypatch, cap
         Path(f"{file}.jsonl").write_text(text)
     Path("taken").mkdir()
     Path("taken/config.json").write_text("{}")
+    for folder, text in (("broken", "{"), ("odd", "[]")):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text(text)
+    shutil.copytree(MODEL, "no-eos")
+    Path("no-eos/tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": null}')
     flags, named = BAD[name]
     assert run(*flags) == 2
     err = capsys.readouterr().err

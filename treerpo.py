@@ -131,7 +131,8 @@ def read_rows(source):
         return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as e:  # a dozen unrelated types say "not there", "not reachable" or "not readable"
         place = f"{source} line {line}" if line else source
-        raise BadInput(f"cannot read {place} ({e!r:.200}); give a local .jsonl, .json, .parquet, or a hub id") from e
+        why = e.__cause__ or e
+        raise BadInput(f"cannot read {place} ({why!r:.200}); give a local .jsonl, .json, .parquet, or a hub id") from e
 
 def pick(row, place, wanted, usual):
     """The row's value in the wanted column, else in the first usual one it has, in whatever case. Raises BadInput."""
@@ -602,14 +603,19 @@ def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
     return accuracy
 
 # ------------------------------------------------------------------------------------------ model, checkpoint and log
-def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
-    """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
+def from_pretrained(kind, name, **options):
+    """kind.from_pretrained(name) for a folder, hub or cache. Raises BadInput."""
     try:
         os.path.isdir(name) or use_hub_or_cache()
-        tokenizer, kind = AutoTokenizer.from_pretrained(name), torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, attn_implementation="sdpa")
+        return kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"--model {name}: neither a folder nor a hub id reachable or in the cache ({e!s:.200})") from e
+        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
+                       "or a hub id that is reachable or in the local cache") from e
+
+def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
+    """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
+    tokenizer, weights = from_pretrained(AutoTokenizer, name), torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    model = from_pretrained(AutoModelForCausalLM, name, dtype=weights, attn_implementation="sdpa")
     require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
@@ -670,7 +676,7 @@ def save_checkpoint(out, model, tokenizer, optimizer, last, keep):
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         torch.save(dict(optimizer=optimizer.state_dict(), last=last, **rng), aside / "trainer_state.pt")
-        (aside / "manifest.txt").write_text("\n".join(manifest(aside)))
+        (aside / "manifest.txt").write_text("\n".join(sorted(manifest(aside))))
         aside.rename(final)
     except Exception as e:  # torch and safetensors have types of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
@@ -702,9 +708,11 @@ def parse_args(argv):
         args |= dict(branching=[args["leaves"]], step_len=[args["step_len"][0] * len(args["branching"])]) | ALGOS[algo]
     args |= dict(eval_data=None) if "data" in given else {}
     if "resume" in given:
-        config = Path(given["resume"], "config.json")
-        require(config.exists(), f"--resume {given['resume']}: there is no run in that folder")
-        args = json.loads(config.read_text()) | {"out": given["resume"]}
+        try:
+            saved = json.loads(Path(given["resume"], "config.json").read_bytes())
+            args = {name: saved[name] for name in hub} | {"out": given["resume"]}
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            raise BadInput(f"--resume {given['resume']}: no run's output folder ({e!r:.90}); give an --out") from e
         other = [name for name in given if given[name] != args[name] and name not in MAY_CHANGE]
         other += ["steps"] if given.get("steps", math.inf) < args["steps"] else []
         require(not other, f"--resume: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
@@ -774,7 +782,7 @@ def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens,
 
 def train(args):
     """A whole run: load, then step by step train, evaluate, log and save. -> exit status."""
-    columns = args.question_column, args.answer_column
+    columns, _ = (args.question_column, args.answer_column), from_pretrained(AutoTokenizer, args.model)  # fails early
     questions = load_questions(args.data, *columns)
     held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[::5]
     questions = questions if args.eval_data else [q for i, q in enumerate(questions) if i % 5] or questions
