@@ -71,7 +71,7 @@ evaluation and output
   --dump-trees          str    -  =  write every node as a JSON line to this file
 Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.
 """
-import argparse, copy, json, math, operator, os, random, re, resource, shutil, signal, sys, time, urllib.request
+import argparse, json, math, operator, os, random, re, resource, shutil, signal, sys, time, urllib.request
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -432,14 +432,10 @@ def sample_forests(model, prompts, leaves, trees, budget, threshold, decoding):
             node.done = rollout.done
         forks += [(root, budget) for root in forest[trees:]]
         roots += forest
-    forks.sort(key=lambda fork: -fork[1])  # prefixes of about one length together
-    for start in range(0, len(forks), decoding.max_rows):
-        nodes, limits = zip(*forks[start:start + decoding.max_rows])
-        prefixes = [[token for step in node.path() for token in step.tokens] for node in nodes]
-        state = prefill(model, prefixes, decoding.eos_ids[0])
-        grow(model, nodes, range(len(nodes)), state, [1], [limits[0]], decoding)
-        for new, n in zip((node.children[-1] for node in nodes), limits):
-            new.tokens, new.done, new.entropies = new.tokens[:n], new.done and len(new.tokens) <= n, new.entropies[:n]
+    prefixes = [[token for step in node.path() for token in step.tokens] for node, _ in forks]
+    for (node, n), fork in zip(forks, sample_trees(model, prefixes, [1], [budget], decoding)):
+        rest = fork.children[0]
+        add_child(node, rest.tokens[:n], rest.done and len(rest.tokens) <= n, rest.entropies[:n])
     return roots
 
 # -------------------------------------------------------------------------------------------------------- reward backup
@@ -614,17 +610,16 @@ def from_pretrained(kind, name, **options):
 
 def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
     """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
-    tokenizer, weights = from_pretrained(AutoTokenizer, name), torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    model = from_pretrained(AutoModelForCausalLM, name, dtype=weights, attn_implementation="sdpa")
+    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    tokenizer = from_pretrained(AutoTokenizer, name)
+    load = lambda dtype: from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa").to(device)
+    model = sampler = load(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
             "qwen2, qwen3 and llama models with full attention in every layer are tested")
-    model = sampler = model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if dtype == "mixed" or dtype == "auto" and model.device.type == "cuda":
-        sampler = copy.deepcopy(model)
-        for p in sampler.parameters():  # not the buffers: rotary frequencies stay float32
-            p.data = p.data.bfloat16()
+    if dtype == "mixed" or dtype == "auto" and device == "cuda":
+        sampler = load(torch.bfloat16)
     if grad_checkpointing:  # renamed in transformers 5.23
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, sampler, tokenizer
@@ -693,10 +688,9 @@ SHOWN = "step reward eval/accuracy tok_per_s eval/greedy_accuracy completions/me
 def parse_args(argv):
     """Command line -> namespace of all flags: those given, else those of the resumed run, else the table's defaults."""
     parser = argparse.ArgumentParser(None, "treerpo.py [flags]", __doc__, formatter_class=argparse.RawTextHelpFormatter)
-    kinds = dict(int=int, ints=int, float=float)
     hub, demo = {}, {}
     for flag, kind, default, own in re.findall(r"^  (--\S+) +(\S+) +(\S+) +(\S+)", __doc__, re.M):
-        read, many = kinds.get(kind, str), kind == "ints"
+        read, many = dict(int=int, ints=int, float=float).get(kind, str), kind == "ints"
         how = dict(type=read, nargs="+" if many else None, choices=kind.split("|") if "|" in kind else None)
         how = how if kind != "flag" else dict(action="store_true")
         name = parser.add_argument(flag, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **how).dest
