@@ -1315,6 +1315,7 @@ BAD = {
     "resume a checkpoint": (["--resume", MODEL], "--resume"), "torn run": (["--resume", "broken"], "--resume"),
     "resume a list": (["--resume", "odd"], "--resume"),
     "no EOS": (["--model", "no-eos", "--data", "fine.jsonl", "--eval-data", "fine.jsonl"], "eos_token"),
+    "no words": (["--model", "no-words", "--data", "fine.jsonl", "--eval-data", "fine.jsonl"], "tokenizer.json"),
     "data missing": (["--data", "none.jsonl"], "none.jsonl"),
     "data empty": (["--data", "empty.jsonl"], "empty.jsonl"),
     "data not JSON": (["--data", "torn.jsonl"], "torn.jsonl line 2"),
@@ -1351,6 +1352,7 @@ def test_bad_input_exits_2_with_a_short_message(name, tmp_path, monkeypatch, cap
         Path(folder, "config.json").write_text(text)
     shutil.copytree(MODEL, "no-eos")
     Path("no-eos/tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": null}')
+    shutil.copytree(MODEL, "no-words", ignore=shutil.ignore_patterns("tokenizer.json"))
     flags, named = BAD[name]
     assert run(*flags) == 2
     err = capsys.readouterr().err

@@ -614,12 +614,13 @@ def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
     tokenizer = from_pretrained(AutoTokenizer, name)
     load = lambda dtype: from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa").to(device)
     model = sampler = load(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    require(tokenizer.encode("1"), f"--model {name}: its tokenizer knows no words; is tokenizer.json missing?")
     require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
     kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
             "qwen2, qwen3 and llama models with full attention in every layer are tested")
     if dtype == "mixed" or dtype == "auto" and device == "cuda":
-        sampler = load(torch.bfloat16)
+        sampler = load(torch.bfloat16)  # rotary frequencies stay float32
     if grad_checkpointing:  # renamed in transformers 5.23
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, sampler, tokenizer
