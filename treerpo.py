@@ -485,9 +485,7 @@ def unit_weights(nodes, level_weight, ratio):
     """{depth: loss weight of a unit there}; a unit is a token, or a step under sequence ratios. The weights of all
     sampled units, trained or not, sum to 1, so that pruning, packs and micro-batches do not change the gradient.
     tokens: every unit alike. levels: every depth alike in sum [ours]."""
-    units = Counter()
-    for node in nodes:
-        units[node.depth] += len(node.tokens) if ratio == "token" else 1
+    units = Counter(d for node in nodes for d in [node.depth] * (len(node.tokens) if ratio == "token" else 1))
     return {d: 1 / (units.total() if level_weight == "tokens" else len(units) * n) for d, n in units.items()}
 
 # -------------------------------------------------------------------------------------------- packed log-probs and loss
