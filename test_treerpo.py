@@ -2,6 +2,7 @@
 
 The commands: python -m pytest -q. Sections: sampling, advantages, packs and loss, data, verifier, eval.py, whole runs.
 """
+import http.server
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import timeit
 from collections import Counter
@@ -24,6 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only cost, here and in subprocesses
 
 import datasets  # noqa: E402
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -501,6 +504,15 @@ def test_templates():
                                                                special_tokens=[(bos, made.eos_token_id)])
     made.chat_template = bos + made.chat_template
     assert made.decode(treerpo.build_prompt("x", treerpo.load_template("chat", made), made)) == f"{bos}[x]"
+    made.chat_template = "{% broken"  # nobody's trouble who does not ask for it
+    assert treerpo.load_template(None, made) == "{question}"
+
+
+def test_half_a_surrogate_pair_in_a_question_is_replaced(tmp_path):
+    """Valid JSON, but no valid text: the tokenizer would stop with a TypeError."""
+    (tmp_path / "odd.jsonl").write_text('{"question": "a \\ud800 b", "answer": "2"}')
+    (q,) = treerpo.load_questions(str(tmp_path / "odd.jsonl"))
+    assert q["question"] == "a ? b" and AutoTokenizer.from_pretrained(MODEL).encode(q["question"])
 
 
 def test_question_files(tmp_path, capsys):
@@ -627,8 +639,9 @@ CASES = {
     ;; 5 or 6 ~ 6, 5 ;; \pm 2 ~ 2,-2 ;; 3\pm\sqrt{2} ~ 3-\sqrt2, 3+\sqrt2 ;; x=\pm 3 ~ 3, -3
     ;; \emptyset ~ \varnothing ;; \{\} ~ \emptyset ;; 1; 2 ~ 1, 2 ;; \{-1, 0.5\} ~ \{\frac12, -1\}
     ;; 2, 3, and 5 ~ 5,3,2 ;; \frac{-1\pm\sqrt5}{2} ~ \frac{-1+\sqrt5}{2},\frac{-1-\sqrt5}{2}
-    ;; \pm1,\pm i ~ i,-i,1,-1 ;; \{1\} ~ 1 ;; \left\{ 2, 3 \right\} ~ \{2,3\} ;; \$5$ or $9\$ ~ 9,5""",
-    r"""\{1,2\} ~ \{1,3\} ;; 1,2 ~ 1,2,3 ;; 5 or 6 ~ 5 ;; 5 or 6 ~ 6 ;; \pm2 ~ 2 ;; \pm 2 ~ 2,2 ;; 1, 2 ~ 12
+    ;; \pm1,\pm i ~ i,-i,1,-1 ;; \{1\} ~ 1 ;; \left\{ 2, 3 \right\} ~ \{2,3\} ;; \$5$ or $9\$ ~ 9,5
+    ;; 5 or 100 ~ 100 or 5 ;; 10\text{ or }100 ~ 100,10 ;; 1,000 and 2,000 ~ 1000, 2000 ;; 1,200; 300 ~ 300, 1200""",
+    r"""20 and 300 ~ 20300 ;; 3 \text{ or } 400 ~ 3400 ;; 7;100 ~ 7100 ;; \{1,2\} ~ \{1,3\} ;; 1,2 ~ 1,2,3 ;; 5 or 6 ~ 5 ;; 5 or 6 ~ 6 ;; \pm2 ~ 2 ;; \pm 2 ~ 2,2 ;; 1, 2 ~ 12
     ;; 1, 1, 2 ~ 1, 2, 2 ;; \{1,2\},\{3\} ~ \{1\},\{2,3\} ;; 1, 234 ~ 1234 ;; \emptyset ~ 0
     ;; 3\pm\sqrt2 ~ 2\pm\sqrt3 ;; \{0\} ~ \emptyset ;; 35,36 ~ 36,37"""),
     "matrices": (r"""\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
@@ -642,7 +655,9 @@ CASES = {
     "text": (r"""\text{Tuesday} ~ Tuesday ;; \text{(B)} ~ B ;; (B) ~ B ;; \textbf{(C)} ~ C ;; \text{Yes} ~ yes
     ;; No ~ no ;; \text{no solution} ~ No solution ;; \mathrm{B} ~ B ;; \text{all real numbers} ~ All real numbers
     ;; \text{True} ~ true ;; \text{even}. ~ even ;; 3:4 ~ 3 : 4 ;; \text{June 20} ~ June 20
-    ;; \text{red and blue} ~ blue and red""", r"""\text{Tuesday} ~ \text{Thursday} ;; A ~ B ;; \text{(B)} ~ C
+    ;; \text{red and blue} ~ blue and red ;; IV ~ \text{IV} ;; 5:00 PM ~ 5:00 PM
+    ;; 5:00\text{ p.m.} ~ 5:00 ;; 07:30 ~ 7:30""", r"""IV ~ VI ;; IX ~ XI ;; 5:00 PM ~ 5:00 AM ;; 5:30 PM ~ 5:30 AM
+    ;; 12:00\text{ a.m.} ~ 12:00\text{ p.m.} ;; 12:00 noon ~ 12:00 midnight ;; \text{Tuesday} ~ \text{Thursday} ;; A ~ B ;; \text{(B)} ~ C
     ;; yes ~ no ;; \text{odd} ~ \text{even} ;; True ~ 1 ;; no ~ on ;; true ~ false ;; 3:4 ~ 4:3
     ;; \text{infinite} ~ \text{finite} ;; B ~ (A, B) ;; \text{no solution} ~ 0 ;; none ~ 0 ;; June 20 ~ June 21
     ;; no ~ n+o"""),
@@ -1126,6 +1141,23 @@ def test_resume_refuses_other_flags_and_names_them(finished_run, capsys):
     assert "--lr" in capsys.readouterr().err
     assert run("--resume", finished_run, "--steps", "3") == 2
     assert "--steps" in capsys.readouterr().err
+    before = (finished_run.parent / "trees.jsonl").read_bytes()  # another file would be cut to this one's size
+    assert run("--resume", finished_run, "--dump-trees", finished_run.parent / "other.jsonl") == 2
+    assert "--dump-trees" in capsys.readouterr().err and (finished_run.parent / "trees.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_does_not_push_out_whole_ones(finished_run, tmp_path):
+    """The checkpoints kept are the newest up to this step: a damaged one of a later step is not among them."""
+    out = tmp_path / "run"
+    shutil.copytree(finished_run, out)
+    for n in (3, 4):
+        (out / f"checkpoint-{n}/model.safetensors").write_bytes(b"")
+    stop, real = [], treerpo.save_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(treerpo, "save_checkpoint", lambda *args: (real(*args), stop.append(1), 1 / 0))
+        with pytest.raises(ZeroDivisionError):  # stops the resumed run right after it has saved step 3
+            run("--resume", out, "--keep", "1")
+    assert stop and treerpo.newest_checkpoint(out) == out / "checkpoint-3"
 
 
 @pytest.mark.parametrize("damage, file", [
@@ -1220,6 +1252,9 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tmp_path, monkeypatch, 
     assert [row["skipped"] for row in rows[1:]] == [1, 2, 3]
     assert all(len(row["skipped_questions"]) == 6 for row in rows[1:])
     assert same_weights(tmp_path / "run/checkpoint-3", treerpo.HERE / "demo/model")
+    with pytest.raises(FloatingPointError):  # resumed, it stops at the next one
+        treerpo.main(["--resume", str(tmp_path / "run"), "--steps", "9"])
+    assert [row["skipped"] for row in metrics(tmp_path / "run")[1:]] == [1, 2, 3, 4]
 
 
 def test_out_of_memory_names_the_flags(tmp_path, monkeypatch):
@@ -1301,6 +1336,36 @@ def test_of_two_runs_begun_in_one_second_the_later_is_refused(tmp_path, monkeypa
     assert "--out" in capsys.readouterr().err and not [*Path("runs/treerpo-20260101-000000").iterdir()]
 
 
+def test_one_level_means_whole_answers():
+    """Depth 1, however it is asked for, has the budget of the default tree's whole path unless --step-len is given."""
+    for flags in (["--branching", "8"], ["--branch-at", "entropy"], ["--algo", "grpo"], ["--algo", "treeadv"]):
+        args = treerpo.parse_args(flags)
+        assert args.branching == [8] and args.step_len == [56]
+        assert treerpo.parse_args([*flags, "--step-len", "9"]).step_len == [9]
+        assert treerpo.parse_args(["--model", "x", *flags]).step_len == [1152]
+    assert treerpo.parse_args([]).step_len == [14] and treerpo.parse_args(["--branching", "2", "2"]).step_len == [14]
+
+
+@pytest.mark.parametrize("status", [200, 404, 429])
+def test_a_hub_that_answers_at_all_is_reachable(monkeypatch, status):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+        do_GET = do_HEAD
+        log_message = lambda *args: None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        treerpo.use_hub_or_cache()
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+        server.shutdown()
+    treerpo.use_hub_or_cache()  # nobody listens there any more
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+
+
 def test_help_lists_every_flag(capsys):
     assert run("--help") == 0
     text = capsys.readouterr().out
@@ -1331,7 +1396,8 @@ BAD = {
     "nan": (["--lr", "nan"], "--lr"),
     "choice": (["--algo", "ppo"], "--algo"), "std": (["--min-group-std", "-1"], "--min-group-std"),
     "template": (["--template", "no-such-file"], "--template"),
-    "trees": (["--algo", "treeadv", "--leaves", "2"], "--trees"),
+    "trees": (["--algo", "treeadv", "--leaves", "2"], "--trees"), "seed": (["--seed", "9" * 20], "--seed"),
+    "torn weights": (["--model", "torn-model", "--data", "fine.jsonl", "--eval-data", "fine.jsonl"], "torn-model"),
 }
 
 
@@ -1353,6 +1419,9 @@ def test_bad_input_exits_2_with_a_short_message(name, tmp_path, monkeypatch, cap
     shutil.copytree(MODEL, "no-eos")
     Path("no-eos/tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": null}')
     shutil.copytree(MODEL, "no-words", ignore=shutil.ignore_patterns("tokenizer.json"))
+    shutil.copytree(MODEL, "torn-model")
+    with open("torn-model/model.safetensors", "ab") as file:
+        file.truncate(100_000)
     flags, named = BAD[name]
     assert run(*flags) == 2
     err = capsys.readouterr().err

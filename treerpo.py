@@ -71,7 +71,7 @@ evaluation and output
   --dump-trees          str    -  =  write every node as a JSON line to this file
 Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.
 """
-import argparse, json, math, operator, os, random, re, resource, shutil, signal, sys, time, urllib.request
+import argparse, json, math, operator, os, random, re, resource, shutil, signal, sys, time
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -99,7 +99,7 @@ def load_template(name, tokenizer):
     """--template -> a text with {question} in it. Raises BadInput."""
     known = {"qwen-math": QWEN_MATH, "none": "{question}"}
     name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
-    if tokenizer.chat_template:
+    if name == "chat" and tokenizer.chat_template:
         turns, bos = [{"role": "user", "content": "{question}"}], tokenizer.decode(tokenizer.encode(""))
         chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         known["chat"] = chat.removeprefix(bos)  # encode() puts it in front itself
@@ -114,8 +114,8 @@ def build_prompt(question, template, tokenizer):
 def use_hub_or_cache():
     """If the hub does not answer, look only into its local cache: at once, not after minutes of retries."""
     try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=8).close()
-    except OSError:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=8)  # any answer will do
+    except Exception:  # of the HTTP library
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 def read_rows(source):
@@ -154,6 +154,7 @@ def load_questions(source, question_column=None, answer_column=None, skip_unansw
         require(isinstance(question, str) and question.strip(), f"{place}: the question must be text: {question!r:.80}")
         require(known or skip_unanswered, f"{place}: the answer must be text or a number, not {answer!r:.80}")
         if known:
+            question = question.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be tokenized
             questions.append({"id": number, "question": question, "answer": answer})
             golds = [extract_boxed(gold) or gold for gold in map(str, golds)]
             odd += [gold for gold in golds if not (gold.isdigit() or read_answer(normalize_answer(gold)))]
@@ -187,11 +188,11 @@ UNIT = r"(?:[cmk]m|ft|in|mph|kg|(?<= )[a-z]{4,}(?: [a-z]+)*)(?:/[a-z]+)?(?:\^\d)
 REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in (
     (r"\\\\", "¶"), (r"\\begin\{[pb]matrix\}", "⟦"), (r"¶?\s*\\end\{[pb]matrix\}", "⟧"), (r"\\[dtc]frac", r"\\frac"),
     (r"\\(left|right|[bB]igg?[lr]?|displaystyle|rm|bf)(?![A-Za-z])\.?|\\[()\[\]!]|\{,\}|\\?[$£€%]|\\angle", ""),
-    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (";", ","), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\d)", r"\\frac{\1}"),
+    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (";", ", "), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\d)", r"\\frac{\1}"),
     # the name of a function is no product of letters: sin 2x and P(2x) are not 2 sin x and 2P(x)
     (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln|log|[a-z]{3,}(?=\()|[fghA-Z](?=\([^()]*\)(?! ?=)))(?![a-z])", r"\\\1"),
     (r"\\[A-Za-z]+|\\[{}]|[^\x00-\x7f]", lambda match: SYMBOLS.get(match[0], match[0])), (r"\^? ?\{?°\}?", "⟨degree⟩"),
-    (rf"[,; ]*({TEXT}\{{[, ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[, ]*\}}?[, ]*", ","), (r"\^\{(\w)\}", r"^\1"),
+    (rf"[,; ]*({TEXT}\{{[, ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[, ]*\}}?[, ]*", ", "), (r"\^\{(\w)\}", r"^\1"),
     (rf"(?<=[\d}})π]) *((/? ?{TEXT}\{{(?![ie]\}})[^{{}}]*\}} ?(\^ ?\d)?)+|{UNIT})", r"⟨\g<0>⟩"),  # 5 cm^2 -> 5⟨cm^2⟩
     (TEXT + r"\{([^{}]*)\}", r"\1"), (r"\\sqrt(?! ?\[)", r"\\root{2}"), (r"\\sqrt ?\[(\w+)\]", r"\\root{\1}"),
     # mixed numbers: 1\frac12, 1 1/2; e-forms; thousands: 1,234 and 1 234 are one number, "1, 234" and (1,234) are two
@@ -199,7 +200,9 @@ REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacemen
     (r"(?<![\d.])(\d*\.?\d+)[eE]([+-]?\d{1,3})(?![\d.])", r"(\1*10^{\2})"), (r"_(\d+|[A-Za-z])", r"_{\1}"),
     (r"(?<![\d.,(\[⦃])(?<![(\[⦃]-)\d{1,3}([, ]\d{3})+(?![\d)\]⦄]|[, ]\d)", lambda match: re.sub("[, ]", "", match[0])),
     (r"(?<=}) |(?<!\d) | (?!\d)|[.,: ]+$", ""), (r"s⟩", "⟩"), (r"⦃ ?⦄", "∅"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
-    (r"(?<![^,(\[⦃=&-])((?i:no|[a-z]{3,}[a-z\d-]*)|\d+_\{\d+\})(?![^,)\]⦄=&])", lambda m: f"'{m[0].lower()}'"))]
+    (r":00(?!\d)", ":60"),  # full hours: with a factor 0, am and pm would be equal
+    (r"(?<![^,(\[⦃=&-])((?i:no|[a-z]{3,}[a-z\d-]*)|[IVX]{2,}|\d+_\{\d+\})(?![^,)\]⦄=&])",
+     lambda match: f"'{match[0].lower()}'"))]
 # What one of two answers may leave out, by the mark that shows it: a unit, or x=, f(x)=, (x,y)=, AB=, area=
 OPTIONAL = {"⟨": "⟨[^⟩]*⟩", "=": r"(?<![^,])(?:(?:'\w+'|[A-Z]+|[a-zα-ω])(?:_{\w+})?(?:\(\w*\))?|\(\w(?:,\w)+\))="}
 TOKEN = re.compile(r"'[^']*'|⟨[^⟩]*⟩|[\d.]+|\\(?:frac|root)|[A-Za-zα-ω∞∅](?:_\{\w+\})?|.")
@@ -602,7 +605,7 @@ def from_pretrained(kind, name, **options):
     try:
         os.path.isdir(name) or use_hub_or_cache()
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # a dozen unrelated types say that a file is missing, torn or of another model
         raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
                        "or a hub id that is reachable or in the local cache") from e
 
@@ -675,13 +678,13 @@ def save_checkpoint(out, model, tokenizer, optimizer, last, keep):
     except Exception as e:  # torch and safetensors have types of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"cannot write {final}: {e}. Earlier checkpoints are intact") from e
-    for old in checkpoints(out)[:-keep]:
+    for old in [p for p in checkpoints(out) if int(p.name[11:]) <= last["step"]][:-keep]:  # later ones: damaged
         shutil.rmtree(old.rename(aside))  # renamed first: no half-deleted folder looks like a checkpoint
 
 # --------------------------------------------------------------------------------------------------------------- main
 ALGOS = dict(grpo={}, gspo=dict(ratio="sequence", clip_eps=4e-4), treeadv=dict(branch_at="entropy", advantage="leaves"))
 # What a resumed run may change: it decides what fits and what is shown, not what is learned.
-MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree dump_trees resume".split()
+MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree resume".split()
 SHOWN = "step reward eval/accuracy tok_per_s eval/greedy_accuracy completions/mean_length skipped".split()  # on screen
 
 def parse_args(argv):
@@ -697,8 +700,9 @@ def parse_args(argv):
             table[name] = None if text == "-" else [*map(read, text.split(","))] if many else read(text)
     given = vars(parser.parse_args(argv))
     args, algo = hub if "model" in given else demo, given.get("algo", "treerpo")
-    if algo != "treerpo":  # one level of whole answers
-        args |= dict(branching=[args["leaves"]], step_len=[args["step_len"][0] * len(args["branching"])]) | ALGOS[algo]
+    args |= ALGOS.get(algo, {})
+    if algo != "treerpo" or given.get("branch_at") == "entropy" or len(given.get("branching", "12")) == 1:
+        args |= dict(branching=[args["leaves"]], step_len=[args["step_len"][0] * len(args["branching"])])  # one level
     args |= dict(eval_data=None) if "data" in given else {}
     if "resume" in given:
         try:
@@ -719,6 +723,7 @@ def parse_args(argv):
         numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
         fine = name in ("seed", "min_group_std") or all(0 < n < math.inf for n in numbers)
         require(fine, f"--{name.replace('_', '-')}: {value} must be above zero")
+    require(abs(args.seed) < 2**63, f"--seed {args.seed} has more than 63 bits")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA GPU; use --device cpu")
     return args
 
@@ -824,10 +829,11 @@ def train(args):
         last |= row | dict(log_sizes=[os.path.getsize(path) for path in logs])
         tqdm.write(", ".join(f"{name} {round(row[name], 3):,}" for name in SHOWN if name in row))
         bar.set_postfix({name: last[name] for name in SHOWN[1:4] if name in last})
-        if step and (step % args.save_every == 0 or step == args.steps or stops or last["skipped"] == 3):
+        if step and (step % args.save_every == 0 or step == args.steps or stops or last["skipped"] >= 3):
             save_checkpoint(out, model, tokenizer, optimizer, last, args.keep)
-        if last["skipped"] == 3:
-            raise FloatingPointError(f"three steps in a row were not finite; {out} has the weights before; lower --lr")
+        if last["skipped"] >= 3:
+            raise FloatingPointError(f"three steps in a row were not finite; {out}/checkpoint-{step} has the weights "
+                                     "before them: start from it in a new --out, with a lower --lr")
         if stops:
             print(f"stopped after step {step}; continue with: python treerpo.py --resume {out}")
             return 130
