@@ -132,6 +132,9 @@ def main():
         for who in ("ours", "math_verify"):
             cells.append(f"{sum(row[who] is True for row in different)}/{len(different)}")
         print(f"| {source} | {len(some)} | " + " | ".join(cells) + " |")
+    others = [row for row in rows if row["kind"] == "other gold"]
+    equal = [(row["a"], row["b"]) for row in others if row["ours"] is True]
+    print(f"pairs of different golds of one file: {len(others)}, called equal by ours: {len(equal)} {equal}")
     for who in ("ours", "math_verify"):
         times = [row[f"{who}_ms"] for row in rows]
         print(f"{who}: {sum(times) / len(times):.2f} ms per pair, longest {max(times):.1f} ms (CPU time)")
