@@ -641,7 +641,8 @@ CASES = {
     ;; 2, 3, and 5 ~ 5,3,2 ;; \frac{-1\pm\sqrt5}{2} ~ \frac{-1+\sqrt5}{2},\frac{-1-\sqrt5}{2}
     ;; \pm1,\pm i ~ i,-i,1,-1 ;; \{1\} ~ 1 ;; \left\{ 2, 3 \right\} ~ \{2,3\} ;; \$5$ or $9\$ ~ 9,5
     ;; 5 or 100 ~ 100 or 5 ;; 10\text{ or }100 ~ 100,10 ;; 1,000 and 2,000 ~ 1000, 2000 ;; 1,200; 300 ~ 300, 1200""",
-    r"""20 and 300 ~ 20300 ;; 3 \text{ or } 400 ~ 3400 ;; 7;100 ~ 7100 ;; \{1,2\} ~ \{1,3\} ;; 1,2 ~ 1,2,3 ;; 5 or 6 ~ 5 ;; 5 or 6 ~ 6 ;; \pm2 ~ 2 ;; \pm 2 ~ 2,2 ;; 1, 2 ~ 12
+    r"""20 and 300 ~ 20300 ;; 3 \text{ or } 400 ~ 3400 ;; 7;100 ~ 7100 ;; \{1,2\} ~ \{1,3\} ;; 1,2 ~ 1,2,3
+    ;; 5 or 6 ~ 5 ;; 5 or 6 ~ 6 ;; \pm2 ~ 2 ;; \pm 2 ~ 2,2 ;; 1, 2 ~ 12
     ;; 1, 1, 2 ~ 1, 2, 2 ;; \{1,2\},\{3\} ~ \{1\},\{2,3\} ;; 1, 234 ~ 1234 ;; \emptyset ~ 0
     ;; 3\pm\sqrt2 ~ 2\pm\sqrt3 ;; \{0\} ~ \emptyset ;; 35,36 ~ 36,37"""),
     "matrices": (r"""\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
@@ -657,7 +658,8 @@ CASES = {
     ;; \text{True} ~ true ;; \text{even}. ~ even ;; 3:4 ~ 3 : 4 ;; \text{June 20} ~ June 20
     ;; \text{red and blue} ~ blue and red ;; IV ~ \text{IV} ;; 5:00 PM ~ 5:00 PM
     ;; 5:00\text{ p.m.} ~ 5:00 ;; 07:30 ~ 7:30""", r"""IV ~ VI ;; IX ~ XI ;; 5:00 PM ~ 5:00 AM ;; 5:30 PM ~ 5:30 AM
-    ;; 12:00\text{ a.m.} ~ 12:00\text{ p.m.} ;; 12:00 noon ~ 12:00 midnight ;; \text{Tuesday} ~ \text{Thursday} ;; A ~ B ;; \text{(B)} ~ C
+    ;; 12:00\text{ a.m.} ~ 12:00\text{ p.m.} ;; 12:00 noon ~ 12:00 midnight ;; \text{Tuesday} ~ \text{Thursday}
+    ;; A ~ B ;; \text{(B)} ~ C
     ;; yes ~ no ;; \text{odd} ~ \text{even} ;; True ~ 1 ;; no ~ on ;; true ~ false ;; 3:4 ~ 4:3
     ;; \text{infinite} ~ \text{finite} ;; B ~ (A, B) ;; \text{no solution} ~ 0 ;; none ~ 0 ;; June 20 ~ June 21
     ;; no ~ n+o"""),
@@ -668,12 +670,19 @@ CASES = {
     ;; __import__('os') ~ 1"""),
     "as models write": (r"""2^{100}-1 ~ 1267650600228229401496703205375 ;; 3n^2+3n+1 ~ (n+1)^3-n^3
     ;; x=1 \text{ or } x=4 ~ 1,4 ;; \sqrt{1-x^2} ~ (1-x^2)^{1/2}
-    ;; x e^{-x} ~ \frac{x}{e^{x}} ;; 4.8 \times 10^{14}\text{ Hz} ~ 4.8e14 ;; S_n = 2^n - 1 ~ 2^n-1""",
-    r"""\sin^{-1} x ~ \frac{1}{\sin x} ;; x\sin 2 ~ \sin 2x ;; \sin x^2 ~ (\sin x)^2 ;; |xz| ~ xz
+    ;; \sqrt{-4} ~ 2i ;; \sqrt{-3} ~ i\sqrt3 ;; \frac x2 ~ x/2 ;; x e^{-x} ~ \frac{x}{e^{x}}
+    ;; 4.8 \times 10^{14}\text{ Hz} ~ 4.8e14 ;; S_n = 2^n - 1 ~ 2^n-1""",
+    r"""3 to 5 ~ 5 to 3 ;; 3\text{ to }4 ~ 34 ;; 2 hours 30 minutes ~ 3 hours 20 minutes ;; 5\text{ ms} ~ 5\text{ m}
+    ;; 5\text{ million} ~ 5 ;; \$5\text{ billion} ~ 5 ;; 30^\circ 15' ~ 15^\circ 30'
+    ;; \sin^{-1} x ~ \frac{1}{\sin x} ;; x\sin 2 ~ \sin 2x ;; \sin x^2 ~ (\sin x)^2 ;; |xz| ~ xz
     ;; \sqrt{a^2b^2c^2} ~ abc ;; (1,2)+(3,4) ~ (1,2) ;; 2(1,2) ~ (1,2) ;; x^2 ~ 2^x ;; (-1)^n ~ -1 ;; (-1)^n ~ 1
     ;; 5\text{ hours } 30\text{ minutes} ~ 150 ;; 0.\overline{12} ~ 0.12 ;; \lfloor x \rfloor ~ x ;; 1.2.3 ~ 0.36
     ;; sin(2x) ~ 2sin(x) ;; x sin(2) ~ 2 sin(x) ;; xsin(2) ~ sin(2x) ;; log(2x) ~ 2log(x)
     ;; arctan(2x) ~ 2arctan(x) ;; f(2x) ~ 2f(x) ;; P(2x) ~ 2P(x) ;; \sqrt{z^2} ~ z
+    ;; f(0)=5 ~ g(0)=5 ;; f(2x)=4 ~ 2f(x)=4 ;; 2 arctan x ~ 2 ;; 1+sec 2x ~ 1+2 sec x ;; 3\operatorname{Re}(z) ~ 3z
+    ;; 2\mathbf{a} ~ 2 ;; 5\mathbf{i}+3\mathbf{j} ~ 5i+3 ;; 3\text{x}+2\text{x} ~ 5 ;; \mathbb{R}-\{0\} ~ \mathbb{R}
+    ;; \text{all real numbers except } x=0 ~ 0 ;; \sqrt{x_1^2x_2^2} ~ x_1x_2 ;; x1=3 ~ x=3 ;; 10^{10} ~ 10^{1}0
+    ;; 2^{2}3 ~ 2^{23} ;; 0.(3) ~ 0 ;; 2.(3) ~ 6 ;; 0.333... ~ 0.333 ;; 1, 3, 5, ... ~ 1,3,5 ;; a>b<c ~ c<b<a
     ;; sinh(2x) ~ 2sinh(x) ;; gcd(2a) ~ 2gcd(a) ;; cos(ab) ~ a cos(b) ;; 1+sin 2x ~ 1+2 sin x ;; \sqrt{1.0000000001} ~ 1
     ;; \begin{pmatrix}1\\2\end{pmatrix} ~ 1,2 ;; \pi ~ 3.14159265358979323846"""),
     "not supported": (r"""\sin 2x ~ \sin  2x ;; \ln|x|+C ~ $\ln|x|+C$""", r"""\sqrt[3]{-8} ~ -2 ;; \ln 8 ~ 3\ln 2

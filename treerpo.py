@@ -183,29 +183,32 @@ MAX_CHARS, MAX_BITS = 300, 4096
 SYMBOLS = {name: names.split()[0] for names in r"""⦃ \{; ⦄ \}; ( \langle; ) \rangle; ≤ \le \leq \leqslant; ± \pm; = \in;
     ≥ \ge \geq \geqslant; ≠ \ne \neq; , \cup ∪; * \cdot \times × ·; / \div; - −; ° \circ; ∞ \infty; π \pi; \sqrt √;
     ∅ \emptyset \varnothing; α \alpha; β \beta; θ \theta; λ \lambda""".split(";") for name in names.split()}
-TEXT = r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it|bb)|mbox|operatorname|boldsymbol) *"
+TEXT = r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it|bb)|mbox|boldsymbol) *"
 UNIT = r"(?:[cmk]m|ft|in|mph|kg|(?<= )[a-z]{4,}(?: [a-z]+)*)(?:/[a-z]+)?(?:\^\d)?(?= *\.?(?:$|[,;)\]⦄⟧&¶=]))"
+FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log"
 REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in (
     (r"\\\\", "¶"), (r"\\begin\{[pb]matrix\}", "⟦"), (r"¶?\s*\\end\{[pb]matrix\}", "⟧"), (r"\\[dtc]frac", r"\\frac"),
     (r"\\(left|right|[bB]igg?[lr]?|displaystyle|rm|bf)(?![A-Za-z])\.?|\\[()\[\]!]|\{,\}|\\?[$£€%]|\\angle", ""),
-    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (";", ", "), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\d)", r"\\frac{\1}"),
+    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (";", ", "), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\w)", r"\\frac{\1}"),
     # the name of a function is no product of letters: sin 2x and P(2x) are not 2 sin x and 2P(x)
-    (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln|log|[a-z]{3,}(?=\()|[fghA-Z](?=\([^()]*\)(?! ?=)))(?![a-z])", r"\\\1"),
+    (rf"(?<![A-Za-z\\])(sqrt|pi|{FUNCTION}|[a-z]{{3,}}(?=\()|[fghA-Z](?=\([^()]*\)(?! ?=)))(?![a-z])", r"\\\1"),
     (r"\\[A-Za-z]+|\\[{}]|[^\x00-\x7f]", lambda match: SYMBOLS.get(match[0], match[0])), (r"\^? ?\{?°\}?", "⟨degree⟩"),
-    (rf"[,; ]*({TEXT}\{{[, ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[, ]*\}}?[, ]*", ", "), (r"\^\{(\w)\}", r"^\1"),
-    (rf"(?<=[\d}})π]) *((/? ?{TEXT}\{{(?![ie]\}})[^{{}}]*\}} ?(\^ ?\d)?)+|{UNIT})", r"⟨\g<0>⟩"),  # 5 cm^2 -> 5⟨cm^2⟩
+    (rf"[,; ]*({TEXT}\{{[, ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[, ]*\}}?[, ]*", ", "), (r"\^\{(\w)\}(?!\d)", r"^\1"),
+    (rf"(?<=[\d}})π]) *((/? ?(?!\\math[^r]|\\b){TEXT}\{{(?![abeinxyz]\}})[^{{}}]*\}} ?(\^ ?\d)?)+|{UNIT})", r"⟨\g<0>⟩"),
     (TEXT + r"\{([^{}]*)\}", r"\1"), (r"\\sqrt(?! ?\[)", r"\\root{2}"), (r"\\sqrt ?\[(\w+)\]", r"\\root{\1}"),
     # mixed numbers: 1\frac12, 1 1/2; e-forms; thousands: 1,234 and 1 234 are one number, "1, 234" and (1,234) are two
     (r"(?<![\w.^}/])(\d+) ?(\\frac ?\{\d+\} ?(?:\d|\{\d+\})|(?<= )\d+/\d+)(?!\.?\d)", r"(\1+\2)"),
     (r"(?<![\d.])(\d*\.?\d+)[eE]([+-]?\d{1,3})(?![\d.])", r"(\1*10^{\2})"), (r"_(\d+|[A-Za-z])", r"_{\1}"),
     (r"(?<![\d.,(\[⦃])(?<![(\[⦃]-)\d{1,3}([, ]\d{3})+(?![\d)\]⦄]|[, ]\d)", lambda match: re.sub("[, ]", "", match[0])),
-    (r"(?<=}) |(?<!\d) | (?!\d)|[.,: ]+$", ""), (r"s⟩", "⟩"), (r"⦃ ?⦄", "∅"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
+    (r"(?<=}) |(?<!\d) | (?!\d)|[,: ]*\.?$", ""), (r"(?<=\w\w)s⟩", "⟩"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
     (r":00(?!\d)", ":60"),  # full hours: with a factor 0, am and pm would be equal
+    (r"⦃ ?⦄", "∅"), (r"(\.\d*)(?=\(\d+\))|-(?=⦃)", r"\1\\"),  # 0.(3), R-{0}: not a product, not a number taken off
     (r"(?<![^,(\[⦃=&-])((?i:no|[a-z]{3,}[a-z\d-]*)|[IVX]{2,}|\d+_\{\d+\})(?![^,)\]⦄=&])",
-     lambda match: f"'{match[0].lower()}'"))]
+     lambda match: f"'{match[0].lower()}'"), (r"(?<=[A-Za-z⟩])(?=\d)", ":"))]  # 3 to 5, 2 hours 30: parts in order
 # What one of two answers may leave out, by the mark that shows it: a unit, or x=, f(x)=, (x,y)=, AB=, area=
-OPTIONAL = {"⟨": "⟨[^⟩]*⟩", "=": r"(?<![^,])(?:(?:'\w+'|[A-Z]+|[a-zα-ω])(?:_{\w+})?(?:\(\w*\))?|\(\w(?:,\w)+\))="}
-TOKEN = re.compile(r"'[^']*'|⟨[^⟩]*⟩|[\d.]+|\\(?:frac|root)|[A-Za-zα-ω∞∅](?:_\{\w+\})?|.")
+OPTIONAL = {"⟨": "⟨(?![^⟩]*(?:illion|thousand|hundred|dozen|hal[fv]|than))[^⟩]*⟩",
+            "=": r"(?<![^,])(?:(?:'\w{1,9}'|[A-Z]+|[a-zα-ω])(?:_{\w+})?(?:\(\w*\))?|\(\w(?:,\w)+\))="}
+TOKEN = re.compile(r"'[^']*'|⟨[^⟩]*⟩|[\d.]+|\\(?:frac|root)|[A-Za-z]\(\w*\)(?==)|[A-Za-zα-ω∞∅](?:_\{\w+\})?|.")
 # How tightly an operator binds: closing brackets not at all, up to RATIO they join parts, the others compute.
 LEVELS = {symbol: level for level, row in enumerate(")]}⦄⟧ , ¶ & =≠<>≤≥ : +- */ ^".split()) for symbol in row}
 RATIO, PRODUCT, POWER, ATOM, BRACKETS = 5, 7, 8, 9, {pair: pair for pair in "() [] (] [) {} ⦃⦄ ⟦⟧".split()}
@@ -259,7 +262,7 @@ def read(tokens, point, level=1):
         while LEVELS.get(tokens[-1]) == binding:
             kind += tokens.pop()
             parts.append(read(tokens, point, binding + 1))
-        value = (kind[::-1].translate({62: "<", 8805: "≤"}), parts[::-1]) if kind[0] in ">≥" else (kind, parts)
+        value = (kind[::-1].translate({62: "<", 8805: "≤"}), parts[::-1]) if not kind.strip(">≥") else (kind, parts)
     return value
 
 def spell(value):
@@ -270,7 +273,8 @@ def spell(value):
     exact = value if isinstance(value, Fraction) else Fraction(value.real).limit_denominator(10_000)
     if value == exact or abs(value - exact) < 1e-13 * abs(value) < 1e-4:  # also (√2)^2, but 3.14159265358979 is not pi
         return str(exact)
-    return f"{complex(value) + 0:.10g}"
+    shift = 1000 * abs(value) * (1 + 1j)  # rounds away what is 0 but for rounding, as in √-4 = 1e-16 + 2i
+    return f"{value + shift - shift:.10g}"
 
 def read_answer(s):
     """Spelled values of a normalized answer at fixed points; None if it cannot be read: the check for golds. Ours."""
@@ -280,7 +284,8 @@ def read_answer(s):
         point, stack = {"e": math.e, "i": 1j, "π": math.pi}, [")", *tokens[::-1]]
         for name in names:  # by its name alone: other names of the answer may cancel
             n = random.Random(f"{turn}{name}").randint(2, 20)
-            point[name] = Fraction(2 * n + turn) if turn < 3 else Fraction(n * (-1) ** (ord(name[-1]) >> turn - 3), 8)
+            sign = (-1) ** (ord(name[-2:][0]) >> max(0, turn - 3))  # of its letter, or its index: x_{1}
+            point[name] = Fraction(2 * n + turn) if turn < 3 else Fraction(n * sign, 8)
         try:
             value = read(stack, point)
             values.append(None if len(stack) > 1 or (turn > 2 and "j" in repr(value)) else spell(value))
