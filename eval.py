@@ -31,17 +31,9 @@ speed and output
   --out              str    -  output folder; without: evals, with a folder of its own for every protocol
 Exit status: 0 done; 1 a hub benchmark is missing, the others ran; 2 bad input, full disk or memory; 130 interrupted.
 """
-import argparse
-import hashlib
-import json
-import math
-import re
-import sys
-import textwrap
-import time
+import argparse, hashlib, json, math, re, sys, textwrap, time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
@@ -132,11 +124,11 @@ def verdict(letter, first, other, k):
 # ------------------------------------------------------------------------------------ one model on one benchmark: a job
 def sha(*texts):
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-def revision(name, model):
+def revision(name):
     """Commit of a hub model; of a folder a SHA-256 over its files, those of the optimiser aside."""
     files = [p for p in sorted(Path(name).glob("*")) if p.is_file() and p.name != "trainer_state.pt"]
     texts = [p.name + hashlib.file_digest(p.open("rb"), "sha256").hexdigest() for p in files]
-    return getattr(model.config, "_commit_hash", None) or sha(*texts)
+    return sha(*texts) if files else Path(transformers.utils.cached_file(name, "config.json")).parent.name
 
 def write_summary(folder, protocol, results):
     (folder / "summary.tmp").write_text(json.dumps(dict(protocol=protocol, results=results), indent=1) + "\n")
@@ -151,7 +143,7 @@ def make_job(name, model, tokenizer, benchmark, questions, args):
     require(fit, f"--max-new-tokens {budget}: no prompt of {benchmark} fits with it into {name}'s context of {context}")
     decoding = make_decoding(model, tokenizer, args.temperature, args.max_rows)
     protocol = dict(
-        model=shown(name), revision=revision(name, model), benchmark=benchmark, problems=len(questions),
+        model=shown(name), revision=revision(name), benchmark=benchmark, problems=len(questions),
         dataset=shown(BENCHMARKS.get(benchmark, [benchmark])[0]), prompts_too_long=len(questions) - len(fit),
         fingerprint=sha(*(json.dumps([q["question"], q["answer"]]) for q in questions)), max_new_tokens=budget,
         template=template, samples=args.samples, seed=args.seed, max_rows=args.max_rows, dtype=args.dtype,
@@ -159,25 +151,30 @@ def make_job(name, model, tokenizer, benchmark, questions, args):
         vocabulary=decoding.n_tokens, torch=torch.__version__, transformers=transformers.__version__,
         python=sys.version.split()[0], device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         code=sha(*((HERE / file).read_text("utf-8") for file in ("eval.py", "treerpo.py"))))
-    fixed = {key: value for key, value in protocol.items() if key != "max_rows" or args.temperature}
-    slug = re.sub(r"[^\w.]+", "-", f"{shown(name)}-{Path(benchmark).stem}")[-100:].strip("-.")
+    exact = (args.device, args.dtype, args.temperature) == ("cpu", "float32", 0)  # else rounding depends on max_rows
+    fixed = {key: value for key, value in protocol.items() if key != "max_rows" or not exact}
+    slug = re.sub(r"[^\w.]+", "-", f"{shown(name)}-{Path(benchmark).with_suffix('')}")[-150:].strip("-.")
     folder = Path(args.out) / slug if args.out else Path("evals") / f"{slug}-{sha(json.dumps(fixed))[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     summary = folder / "summary.json"
-    saved = json.loads(summary.read_bytes()) if summary.exists() else dict(protocol=protocol, results=None)
+    try:
+        saved = json.loads(summary.read_bytes()) if summary.exists() else dict(protocol=protocol, results=None)
+    except ValueError as e:
+        raise BadInput(f"--out: {summary} cannot be read ({e}); remove its folder or choose another --out") from e
     for key, new in fixed.items():
         old = saved["protocol"].get(key)
         require(old == new, f"--out: {folder} has answers with {key} {old!r:.60}, not {new!r:.60}; choose another one")
     write_summary(folder, protocol, saved["results"])
-    return SimpleNamespace(model=model, tokenizer=tokenizer, questions=questions, fit=fit, decoding=decoding,
+    return argparse.Namespace(model=model, tokenizer=tokenizer, questions=questions, fit=fit, decoding=decoding,
                            k=args.samples, budget=budget, protocol=protocol, folder=folder)
 
-def answered(path, n, width):
-    """The lines a killed run left of n, in whole batches of width problems; cuts the file to them. Only the last batch
-    can be torn. It is done again whole: samples depend on the rows beside them, so only thus do they come out again."""
+def answered(path, order, width):
+    """The lines that a killed run left of these problems, in whole batches of width; cuts the file to them. A torn
+    batch is done again whole: samples depend on the rows beside them. So are two runs' lines that got mixed."""
     lines = path.read_bytes().splitlines(True) if path.exists() else []
-    whole = sum(line.endswith(b"}\n") for line in lines[:n])
-    lines = lines[:whole if whole == n else whole // width * width]
+    fit = [line.startswith(b'{"id": %d,' % q["id"]) and line.endswith(b"}\n") for line, q in zip(lines, order)]
+    whole = [*fit, False].index(False)
+    lines = lines[:whole if whole == len(order) else whole // width * width]
     with path.open("ab") as file:
         file.truncate(sum(map(len, lines)))
     return list(map(json.loads, lines))
@@ -196,11 +193,11 @@ def run_job(job):
     """Answer what is not answered yet, write the summary. -> figures(), problems in the order of the data."""
     order = sorted(job.questions, key=lambda q: (-len(q["prompt"]), q["id"]))  # longest first: no late surprise
     width, path = max(1, job.decoding.max_rows // job.k), job.folder / "problems.jsonl"
-    rows, tokens, start = answered(path, len(order), width), 0, time.perf_counter()
+    rows, tokens, start = answered(path, order, width), 0, time.perf_counter()
     with tqdm(total=len(order), initial=len(rows), desc=job.folder.name) as bar:
         for i in range(len(rows), len(order), width):
             batch = order[i:i + width]
-            torch.manual_seed(int(sha(str(job.protocol["seed"]), *(q["question"] for q in batch))[:15], 16))
+            torch.manual_seed(int(sha(f"{job.protocol['seed']} {i}", *(q["question"] for q in batch))[:15], 16))
             rows += answer(job, batch)
             append_jsonl(path, rows[i:])
             tokens += sum(sum(row["tokens"]) for row in rows[i:])
@@ -233,7 +230,8 @@ def parse_args(argv):
     for name in ("limit", "samples", "max_new_tokens", "max_rows"):
         n = getattr(args, name)
         require(n is None or n > 0, f"--{name.replace('_', '-')}: {n} must be above zero")
-    require(0 <= args.temperature < math.inf, f"--temperature {args.temperature}: give 0 for greedy, or more")
+    fine = args.temperature == 0 or 0.001 <= args.temperature < math.inf
+    require(fine, f"--temperature {args.temperature}: give 0 for greedy, or 0.001 and more")
     require(args.samples == 1 or args.temperature, f"--samples {args.samples}: greedy is one; add --temperature")
     for name in args.benchmarks:
         require(name in BENCHMARKS or Path(name).suffix in (".jsonl", ".json", ".parquet"),
@@ -289,7 +287,9 @@ def evaluate(args):
 def main(argv=None):
     try:
         return evaluate(parse_args(argv))
-    except (BadInput, OSError, MemoryError, torch.OutOfMemoryError) as e:
+    except (BadInput, OSError, MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and "memory" not in str(e):  # a full CPU memory is a plain one
+            raise
         note(f"error: {e}")
         return 2
     except KeyboardInterrupt:

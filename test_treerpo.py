@@ -942,6 +942,54 @@ def test_killed_at_any_byte_of_interest_it_ends_in_the_same_file_and_table(empty
             assert sum(asked) == 8 - kept  # batches of 3: whole ones are never answered again
 
 
+def test_lines_of_two_runs_at_once_are_not_taken_for_answers(empty, capsys):
+    flags = ["--model", MODEL, "--limit", "8", "--max-rows", "2", "--out", "o"]
+    table = eval_run(capsys, *flags)[1]
+    path, = Path("o").glob("*/problems.jsonl")
+    lines = path.read_bytes().splitlines(True)
+    path.write_bytes(b"".join(line for pair in zip(lines[::2], lines[1::2]) for line in pair * 2))  # each batch twice
+    summary = (path.parent / "summary.json").read_bytes()
+    assert eval_run(capsys, *flags)[:2] == (0, table) and path.read_bytes() == b"".join(lines)
+    assert (path.parent / "summary.json").read_bytes() == summary
+
+
+def test_problems_of_the_same_text_get_answers_of_their_own(empty, capsys):
+    row = (HERE / "demo/test.jsonl").read_text().splitlines(True)[0]
+    Path("same.jsonl").write_text(row * 4)
+    flags = ["--benchmarks", "same.jsonl", "--samples", 4, "--temperature", 1, "--max-new-tokens", 64, "--max-rows", 4]
+    assert eval_run(capsys, "--model", MODEL, *flags, "--out", "o")[0] == 0
+    rows = [json.loads(line)["outputs"] for line in next(Path("o").glob("*/problems.jsonl")).read_text().splitlines()]
+    assert len(rows) == 4 and len({json.dumps(outputs) for outputs in rows}) == 4
+
+
+def test_revision_is_the_commit_of_a_hub_model_and_else_the_files(tmp_path, monkeypatch):
+    """A hub cache as the hub's own library lays it out, with two commits of one model."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(ev.transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for commit in ("1" * 40, "2" * 40):
+        shutil.copytree(MODEL, tmp_path / "models--org--toy/snapshots" / commit)
+        (tmp_path / "models--org--toy/refs").mkdir(exist_ok=True)
+        (tmp_path / "models--org--toy/refs/main").write_text(commit)
+        assert ev.revision("org/toy") == commit
+    shutil.copytree(MODEL, tmp_path / "folder")
+    assert ev.revision(MODEL) == ev.revision(tmp_path / "folder") and len(ev.revision(MODEL)) == 16
+    (tmp_path / "folder/config.json").write_text("{}")
+    assert ev.revision(MODEL) != ev.revision(tmp_path / "folder")
+
+
+def test_a_full_memory_is_named_and_other_faults_are_not_hidden(empty, capsys, monkeypatch):
+    for message, status in (("DefaultCPUAllocator: can't allocate memory", 2), ("a fault", None)):
+        def fail(*args):
+            raise RuntimeError(message)
+        monkeypatch.setattr(ev, "answer", fail)
+        if status:
+            assert eval_run(capsys, "--limit", 2)[0] == 2
+        else:
+            with pytest.raises(RuntimeError, match="a fault"):
+                eval_run(capsys, "--limit", 2)
+
+
 def test_a_real_kill_and_ctrl_c(empty, capsys, monkeypatch):
     flags = ["--model", MODEL, "--max-rows", "1", "--limit", "40", "--out", "o"]
     process = subprocess.Popen([sys.executable, HERE / "eval.py", *flags], stderr=subprocess.DEVNULL)
@@ -992,6 +1040,7 @@ def test_models_are_found(empty, capsys):
     "--benchmarks math501", "--benchmarks gone.jsonl", "--benchmarks empty.jsonl", "--benchmarks torn.jsonl",
     "--benchmarks other.jsonl", "--model gone", "--model run", "--model", "--samples 0", "--samples x", "--samples 2",
     "--limit -1", "--max-rows 0", "--max-new-tokens 0", "--max-new-tokens 512", "--temperature -1", "--temperature nan",
+    "--temperature 1e-40",
     "--template gone.txt", "--device tpu", "--no-such-flag", "--out empty.jsonl"])
 def test_bad_input_exits_2_with_one_line_before_any_answer(empty, capsys, monkeypatch, flags):
     Path("empty.jsonl").write_text("")
@@ -1015,6 +1064,22 @@ def test_another_protocol_in_the_folder_is_named(empty, capsys):
         status, _, lines = eval_run(capsys, *flags, *extra.split())
         assert status == 2 and len(lines) == 1 and f"answers with {key}" in lines[0]
     assert eval_run(capsys, *flags, "--max-rows", 2)[0] == 0  # greedy: the same answers
+    flags[-1] = "p"  # but in bfloat16 the rows beside an answer decide its rounding
+    assert eval_run(capsys, *flags, "--dtype", "bfloat16")[0] == 0
+    status, _, lines = eval_run(capsys, *flags, "--dtype", "bfloat16", "--max-rows", 2)
+    assert status == 2 and "answers with max_rows" in lines[0]
+    next(Path("p").glob("*/summary.json")).write_text("")  # no harm to the answers, but nobody knows whose they are
+    status, _, lines = eval_run(capsys, *flags, "--dtype", "bfloat16")
+    assert status == 2 and len(lines) == 1 and "summary.json cannot be read" in lines[0]
+
+
+def test_files_of_one_name_have_folders_of_their_own(empty, capsys):
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        shutil.copy(HERE / "demo/test.jsonl", Path(folder, "test.jsonl"))
+    assert eval_run(capsys, "--model", MODEL, "--benchmarks", "a/test.jsonl", "b/test.jsonl", "--limit", 2, "--out",
+                    "o")[0] == 0
+    assert len([*Path("o").glob("*/problems.jsonl")]) == 2
 
 
 def test_a_missing_hub_benchmark_does_not_stop_the_others(empty, capsys, monkeypatch):
