@@ -209,7 +209,7 @@ def test_entropy_forks_are_where_an_independent_computation_puts_them():
             assert len(forest) == trees + leaves - trees - len(wanted)
             for leaf in (leaf for root in forest for leaf in root.leaves()):
                 length = sum(len(step.tokens) for step in leaf.path()[1:])
-                assert length == budget or leaf.done and length < budget or leaf.done
+                assert leaf.done == (leaf.tokens[-1] in EOS) and (leaf.done or length == budget)
                 assert length <= budget and all(step.tokens for step in leaf.path())
         for node in nodes_of(roots):  # forks continue the model's own distribution, segments keep their entropies
             assert torch.allclose(torch.tensor(node.entropies), plain_entropies(model, node), atol=1e-4)
@@ -1327,8 +1327,9 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tmp_path, monkeypatch, 
     assert all(len(row["skipped_questions"]) == 6 for row in rows[1:])
     assert same_weights(tmp_path / "run/checkpoint-3", treerpo.HERE / "demo/model")
     with pytest.raises(FloatingPointError):  # resumed, it stops at the next one
-        treerpo.main(["--resume", str(tmp_path / "run"), "--steps", "9"])
+        treerpo.main(["--resume", str(tmp_path / "run"), "--steps", "9", "--save-every", "9"])
     assert [row["skipped"] for row in metrics(tmp_path / "run")[1:]] == [1, 2, 3, 4]
+    assert (tmp_path / "run/checkpoint-4").exists()  # the message names it
 
 
 def test_out_of_memory_names_the_flags(tmp_path, monkeypatch):
