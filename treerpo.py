@@ -1,180 +1,1177 @@
-"""TreeRPO (Tree Relative Policy Optimization, arXiv 2506.05183) in one file: an independent re-implementation.
+"""TreeRPO (Tree Relative Policy Optimization, arXiv 2506.05183) in one file: an independent
+re-implementation. Section and equation numbers are the paper's.
 
-The algorithm, once per training step:
-  1. grow      for each question sample an N-ary tree; a child continues its parent from the parent's KV cache
-  2. verify    score the text of every leaf 0 or 1 against the known answer
-  3. back up   the reward of an inner node is the mean of its children's rewards, bottom-up
-  4. compare   siblings form a step-level group; advantage = (reward - group mean) / normaliser
-  5. update    clipped policy gradient on each step's own tokens, every unique token scored once
-GRPO is the tree of depth 1; GSPO takes one ratio per step; TreeAdv (arXiv 2601.03703) forks at uncertain tokens.
+One training step:
+  1. Grow: for each question the policy samples an N-ary tree. Every child continues its parent by
+     one step of up to L tokens, from the parent's KV cache (§3.1).
+  2. Verify and back up: a verifier scores every leaf 0 or 1; the reward of an inner node is the
+     mean of its children's rewards (§3.1).
+  3. Prune: siblings form a step-level group. A group is kept iff its rewards differ by more than
+     tau (§3.2, Eq. 1-2).
+  4. Compare: the advantage of a child is its reward relative to its group,
+     A = (R - mu) / (mu (1 - mu)) (§3.3, Eq. 3-4).
+  5. Update: a clipped policy gradient with a KL and an entropy term trains the tokens of every
+     step whose group was kept (§3.4, Eq. 5-6).
+GRPO is the tree of depth 1. GSPO (2507.18071) and TreeAdv (2601.03703) change one piece each.
 
-One small tree by hand, branching 2 2 (leaf rewards -> backup -> advantages, normaliser bernoulli):
-    root .75 -+- a .5 -+- 1     group {1, 0}:   mean .5,  sqrt(.5 * .5)   = .5    ->  +1    and  -1
-              |        +- 0
-              +- b  1 -+- 1     group {1, 1}:   no spread                         ->  0, not in the update
-                       +- 1     group {.5, 1}:  mean .75, sqrt(.75 * .25) = .433  ->  -.577 and  +.577
-
-Differences from the paper, of which only the abstract and summaries could be read (README.md says more):
-  1. normaliser: the paper's formula could not be read; bernoulli, sqrt(mu (1 - mu)), is our default
-  2. pruning: the paper's rule could not be read; groups without spread are dropped, near-ties by --min-group-std
-  3. loss: PPO clip, no KL term, no reference model; divided once by the number of all sampled tokens
-  4. tree shape and step length: ours, sized for one GPU
-
-    python treerpo.py                                    # the bundled model and task, minutes on a CPU
-    python treerpo.py --model Qwen/Qwen2.5-Math-1.5B     # MATH on one 80 GB GPU
-    python treerpo.py --algo grpo --print-tree           # a baseline, and a look at its samples
-
-Flags: type, default, default of the bundled demo (= the same, - none), meaning. This table is what the parser reads.
-model and data
-  --model               str    -  demo/model  folder or hub id; without it the bundled model and all demo defaults
-  --data                str    nlile/hendrycks-MATH-benchmark  demo/train.jsonl  file or hub ID[:CONFIG[:SPLIT]]
-  --eval-data           str    HuggingFaceH4/MATH-500::test  demo/test.jsonl  held out; with --data alone: a fifth of it
-  --question-column     str    -  =  column of the question, if not found by its usual names
-  --answer-column       str    -  =  column of the answer, if not found by its usual names
-  --template            str    -  =  qwen-math (if the tokenizer knows <|im_end|>), none (else), chat, or a text file
-  --out                 str    -  =  output folder; without it runs/ALGO-DATE-TIME
-  --resume              str    -  =  continue the run in this folder, with its own flags
-tree
-  --algo                treerpo|grpo|gspo|treeadv  treerpo  =  named set of --branch-at, --advantage and --ratio
-  --branch-at           fixed|entropy  fixed  =  every --step-len tokens, or at uncertain tokens (treeadv)
-  --branching           ints   8,2,2  4,2,2,2  children of a node at each level; depth 1: 32, demo 8
-  --step-len            ints   384  14  tokens of a step, one number or one a level; depth 1: 1152, demo 56
-  --leaves              int    32  8  entropy branching: rollouts per question in all
-  --trees               int    8  4  entropy branching: first rollouts per question, the others fork from them
-  --entropy-threshold   float  1.0  0.3  entropy branching: nats above which a token may fork
-  --temperature         float  1.0  =  of sampling and scoring alike
-  --questions-per-step  int    16  =  questions of one batch
-learning
-  --steps               int    300  40  training steps, one batch each
-  --lr                  float  1e-6  2e-4  AdamW learning rate, after 5 steps of linear warm-up
-  --advantage           siblings|leaves|both  siblings  =  compare siblings, redistribute leaves' (treeadv), or the sum
-  --ratio               token|sequence  token  =  importance ratio per token, or per step (gspo)
-  --clip-eps            float  0.2  =  PPO clip range, 1 +- this; gspo 4e-4
-  --updates-per-batch   int    1  =  optimiser steps on each batch
-  --normalizer          bernoulli|std|none  bernoulli  =  divisor of the advantages
-  --level-weight        tokens|levels  tokens  =  every token alike, or every depth alike
-  --min-group-std       float  0.0  =  drop groups whose rewards have at most this population standard deviation
-  --seed                int    0  =  of sampling, data order and evaluation
-memory and speed
-  --max-rows            int    512  2048  sequences of one generate call; bounds the KV cache
-  --pack-len            int    4096  512  tokens of one training forward; bounds the activations
-  --grad-checkpointing  flag   -  =  compute activations again in the backward pass
-  --dtype               auto|float32|mixed|bfloat16  auto  =  mixed (auto on CUDA): float32 weights, bf16 work
-  --device              auto|cpu|cuda  auto  =  where to run
-evaluation and output
-  --eval-every          int    20  10  steps between evaluations
-  --eval-questions      int    128  256  held-out questions used, the first ones
-  --eval-samples        int    4  8  k of avg@k
-  --save-every          int    50  20  steps between checkpoints
-  --keep                int    2  =  newest checkpoints kept
-  --print-tree          flag   -  =  print the first tree of every step
-  --dump-trees          str    -  =  write every node as a JSON line to this file
-Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.
+    python treerpo.py                                   # bundled model and task, minutes on a CPU
+    python treerpo.py --model Qwen/Qwen2.5-Math-1.5B    # the paper's run, on one CUDA GPU
+    python treerpo.py --help                            # every flag, its default and its source
 """
-import argparse, json, math, operator, os, random, re, resource, shutil, signal, sys, time
-from collections import Counter, namedtuple
+import argparse
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
-import datasets, huggingface_hub, torch
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    HfArgumentParser,
+)
+from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 HERE = Path(__file__).resolve().parent
 
-class BadInput(ValueError):
-    """Something the user gave cannot work; the message names it and the fix. Exit status 2."""
 
-def require(condition, message):
-    if not condition:
-        raise BadInput(message)
+# ------------------------------------------------------------------------------ Settings (§4)
+# A field is a flag. [paper], [code] and [ours] say where a default comes from: the paper's text,
+# its authors' code, or our own choice.
+def flag(default: object, text: str, **argument: object) -> object:
+    """A field of a settings class; `argument` goes to argparse."""
+    metadata = {"help": text, **argument}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
-# --------------------------------------------------------------------------------------------------- prompts and data
-QWEN_MATH = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-             "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")  # Qwen2.5-Math's own evaluation prompt
 
-def load_template(name, tokenizer):
-    """--template -> a text with {question} in it. Raises BadInput."""
-    known = {"qwen-math": QWEN_MATH, "none": "{question}"}
-    name = name or ("qwen-math" if "<|im_end|>" in tokenizer.get_vocab() else "none")
-    if name == "chat" and tokenizer.chat_template:
-        turns, bos = [{"role": "user", "content": "{question}"}], tokenizer.decode(tokenizer.encode(""))
-        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        known["chat"] = chat.removeprefix(bos)  # encode() puts it in front itself
-    text = known.get(name) or (Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else "")
-    require("{question}" in text, f"--template {name}: not {'/'.join(known)} or a file with {{question}} in it")
+@dataclass
+class DataSettings:
+    _argument_group_name = "model and data"
+    model: str | None = flag(None, "folder or hub id; without it the bundled model and demo run")
+    data: str = flag(
+        "DigitalLearningGmbH/MATH-lighteval",
+        "training questions: a .jsonl, .json, .csv or .parquet file, or a hub ID[:CONFIG[:SPLIT]] "
+        "[paper §4]",
+    )
+    eval_data: str | None = flag(
+        "HuggingFaceH4/MATH-500::test",
+        "held-out questions; with --data alone a fifth of that is held out [ours]",
+    )
+    question_column: str | None = flag(None, "column of the question, if not found by usual names")
+    answer_column: str | None = flag(None, "column of the answer; a.b is column b inside column a")
+    template: str | None = flag(
+        None, "qwen-math (if the tokenizer knows its tokens), none (else), chat, or a text file"
+    )
+    max_prompt_len: int = flag(512, "longer prompts are left out and counted [paper §4]")
+    out: str | None = flag(None, "output folder; without it runs/ALGO-DATE-TIME")
+    resume: str | None = flag(None, "continue the run in this output folder, with its settings")
+
+
+@dataclass
+class TreeSettings:
+    _argument_group_name = "tree (§3.1)"
+    algo: Literal["treerpo", "grpo", "gspo", "treeadv"] = flag("treerpo", "what is trained")
+    branching: list[int] = flag([8, 8, 8], "children of a node, a number a level [paper §4]")
+    step_len: list[int] = flag([384], "tokens of a step, one number or one a level [paper §4]")
+    temperature: float = flag(0.6, "of sampling, log-probs and evaluation alike [paper §4]")
+    questions_per_step: int = flag(16, "questions of one batch [paper Fig. 6]")
+    leaves: int = flag(8, "treeadv: answers to a question in all [ours]")
+    trees: int = flag(4, "treeadv: first answers to a question, the others fork from them [ours]")
+    entropy_threshold: float = flag(1.0, "treeadv: nats above which a token may fork [ours]")
+
+
+@dataclass
+class LearningSettings:
+    _argument_group_name = "learning (§3.2 to §3.4)"
+    steps: int = flag(300, "training steps, one batch each [paper Table 1]")
+    prune_threshold: float = flag(0.1, "tau, Eq. 1-2: smallest spread of a kept group [paper §3.2]")
+    normalizer: Literal["variance", "std", "none"] = flag(
+        "variance", "divisor of the advantages: mu (1 - mu) of Eq. 4, Eq. 3, or 1 [paper §3.3]"
+    )
+    ratio: Literal["token", "sequence"] = flag("token", "importance ratio a token, or a step")
+    clip_eps: float = flag(0.2, "clip range 1 +- this; sequence ratios: 4e-4 [code]")
+    kl_coef: float = flag(0.001, "weight of the KL term against the initial model [paper §3.4]")
+    entropy_coef: float = flag(0.001, "weight of the entropy bonus [paper §4]")
+    minibatches: int = flag(2, "optimiser steps on each batch, of separate questions [paper §4]")
+    lr: float = flag(1e-6, "learning rate of AdamW, constant [paper §4]")
+    seed: int = flag(0, "of sampling, data order and evaluation [ours]")
+
+
+@dataclass
+class SpeedSettings:
+    _argument_group_name = "memory and speed"
+    max_rows: int = flag(512, "sequences of one generate call; bounds the KV cache [ours]")
+    pack_len: int = flag(8192, "tokens of one training forward; bounds the activations [ours]")
+    grad_checkpointing: bool = flag(False, "compute activations again in the backward pass [ours]")
+    compile: Literal["auto", "on", "off"] = flag(
+        "auto", "decode by CUDA graphs over one static KV cache; auto: on CUDA [ours]"
+    )
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = flag(
+        "auto", "mixed (auto on CUDA): float32 weights, bf16 work [code]"
+    )
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
+
+
+@dataclass
+class OutputSettings:
+    _argument_group_name = "evaluation and output"
+    eval_every: int = flag(20, "steps between evaluations [ours]")
+    eval_questions: int = flag(128, "held-out questions used, the first ones [ours]")
+    eval_samples: int = flag(8, "k of avg@k [paper §4]")
+    save_every: int = flag(50, "steps between checkpoints [ours]")
+    keep: int = flag(2, "newest checkpoints kept [ours]")
+    print_tree: int = flag(0, "print one tree every so many steps; 0: none", nargs="?", const=1)
+    dump_trees: str | None = flag(None, "write every node as a JSON line to this file")
+
+
+GROUPS = [DataSettings, TreeSettings, LearningSettings, SpeedSettings, OutputSettings]
+
+
+@dataclass
+class Settings(OutputSettings, SpeedSettings, LearningSettings, TreeSettings, DataSettings):
+    """All settings of a run. Only the training loop sees it, never a function of the algorithm."""
+
+
+# What --algo NAME changes: whole answers instead of a tree, and what each paper says of itself.
+WHOLE_ANSWERS = {"branching": [8], "step_len": [1152], "normalizer": "std"}
+ALGORITHMS = {
+    "treerpo": {},
+    "grpo": WHOLE_ANSWERS,
+    "gspo": {**WHOLE_ANSWERS, "ratio": "sequence"},
+    "treeadv": WHOLE_ANSWERS,
+}
+SEQUENCE_CLIP_EPS = 4e-4  # GSPO §5.1: the ratio of a whole sequence moves far less than a token's
+
+# Without --model. The tiny model takes a larger learning rate and a smaller tree. Its policy is
+# nearly certain at temperature 0.6, where the groups soon agree and the signal runs out.
+DEMO = {
+    "model": str(HERE / "demo/model"),
+    "data": str(HERE / "demo/train.jsonl"),
+    "eval_data": str(HERE / "demo/test.jsonl"),
+    "branching": [4, 2, 2, 2],
+    "step_len": [14],
+    "temperature": 1.0,
+    "entropy_threshold": 0.3,
+    "steps": 40,
+    "lr": 2e-4,
+    "max_rows": 2048,
+    "pack_len": 512,
+    "eval_every": 10,
+    "eval_questions": 256,
+    "save_every": 20,
+}
+DEMO_WHOLE_ANSWERS = {"step_len": [56]}
+
+
+# ------------------------------------------------------------------- The tree (§3.1, Figure 2)
+@dataclass(eq=False)
+class Node:
+    """One step of an answer: the tokens by which it continues its parent. A root is a prompt.
+
+    The paper's Figure 2 as backed-up rewards; every number without children is a verified leaf:
+
+        root .444 -+- .037 -+- .111 -+- 0   0   .333 (0 0 1)
+                   |        +- 0
+                   |        +- 0
+                   +- .444 -+- 0
+                   |        +- .333 (0 1 0)
+                   |        +- 1
+                   +- .852 -+- 1
+                            +- 1
+                            +- .556 -+- .667 (0 1 1)   0   1
+
+    The root's children form the group {.037, .444, .852}: mu = .444, mu (1 - mu) = .247, so by
+    Eq. 4 their advantages are -1.65, 0 and +1.65.
+    """
+    tokens: list[int]                       # this step's own token ids, its end token included
+    parent: "Node | None" = field(default=None, repr=False)
+    children: list["Node"] = field(default_factory=list, repr=False)
+    done: bool = False                      # ended by an end-of-sequence token
+    reward: float | None = None             # leaf: the verifier's; else the children's mean
+    advantage: float = 0.0
+    trained: bool = False                   # its group was kept: its tokens are in the loss
+    entropies: list[float] = field(default_factory=list, repr=False)  # nats a token (TreeAdv)
+    question: int = 0                       # of a root: the number of its prompt in the batch
+
+    def __post_init__(self) -> None:
+        if self.parent is not None:
+            self.parent.children.append(self)
+
+    def path(self) -> list["Node"]:
+        """The nodes from the root to this one."""
+        if self.parent is None:
+            return [self]
+        return [*self.parent.path(), self]
+
+    def walk(self) -> Iterator["Node"]:
+        """This node and all below it, depth-first, parents before children."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def leaves(self) -> list["Node"]:
+        return [node for node in self.walk() if not node.children]
+
+    def steps(self) -> list["Node"]:
+        """All nodes below this one."""
+        return [node for node in self.walk() if node is not self]
+
+
+# ----------------------------------------------------------------------- Tree sampling (§3.1)
+@dataclass(frozen=True)
+class Decoding:
+    """How to sample: exactly from softmax(logits / temperature) over the ids below n_tokens."""
+    eos_ids: tuple[int, ...]                # each ends an answer; the first one is also padding
+    n_tokens: int                           # ids from here on only pad the embedding matrix
+    temperature: float = 0.6                # 0 is greedy
+    max_rows: int = 512                     # most sequences of one generate call
+    segment: int = 384                      # most new tokens of one generate call
+    keep_entropies: bool = False            # fill Node.entropies
+    workspace: "Workspace | None" = None    # a static KV cache (CUDA); None: a growing one
+    progress: Callable[[int], None] | None = None  # told the number of new tokens, at every token
+
+
+@dataclass
+class Rows:
+    """R unfinished sequences of T tokens and their KV cache, ready to be continued."""
+    ids: Tensor                             # [R, T], padded on the left
+    mask: Tensor                            # [R, T], 1 at a token, 0 at padding
+    kv: list[tuple[Tensor, Tensor]]         # keys, values [R, H_kv, T - 1, D] of every layer
+
+
+def prefill(model: torch.nn.Module, prompts: list[list[int]], pad_id: int, padding: int) -> Rows:
+    """R prompts -> their rows, with at least `padding` columns of padding.
+
+    The cache leaves out the last token, because `generate` feeds that one itself: given a cache
+    of all T tokens it would feed the whole prompt once more.
+    """
+    model.eval()  # in training mode, gradient checkpointing drops the cache without a word
+    longest = max(len(prompt) for prompt in prompts)
+    columns = max(longest + padding, 2)  # the cache must hold at least one
+    ids = torch.full((len(prompts), columns), pad_id)
+    mask = torch.zeros((len(prompts), columns), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        start = columns - len(prompt)
+        ids[row, start:] = torch.tensor(prompt)
+        mask[row, start:] = 1
+    ids = ids.to(model.device)
+    mask = mask.to(model.device)
+    cache = DynamicCache()
+    model.get_decoder()(
+        ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+        past_key_values=cache,
+    )
+    return Rows(ids, mask, [(layer.keys, layer.values) for layer in cache.layers])
+
+
+def select_rows(rows: Rows, index: list[int]) -> Rows:
+    """A copy of these rows; a row may be named more than once."""
+    picked = torch.tensor(index, device=rows.ids.device)
+    kv = [(keys[picked], values[picked]) for keys, values in rows.kv]
+    return Rows(rows.ids[picked], rows.mask[picked], kv)
+
+
+class DrawToken:
+    """The only logits processor: makes `generate`, which takes the argmax, draw from the policy.
+
+    With e ~ Exp(1), independent for every id a, argmax_a pi(a) / e(a) has distribution pi: it is
+    how torch.multinomial draws, in fewer passes over [rows, vocabulary].
+    """
+
+    def __init__(self, decoding: Decoding, n_rows: int) -> None:
+        self.decoding = decoding
+        self.n_rows = n_rows                # rows behind these only fill up a static cache
+        self.entropies: list[Tensor] = []   # [n_rows] a token
+        self.scores: Tensor | None = None   # of the newest token
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        eos_id = self.decoding.eos_ids[0]
+        logits[:, self.decoding.n_tokens:] = -math.inf
+        logits[self.n_rows:, eos_id] = math.inf  # a filler row ends at once
+        if self.decoding.progress is not None:
+            self.decoding.progress(self.n_rows)
+        scores = logits[:self.n_rows]
+        if self.decoding.temperature > 0:
+            probs = scores.div_(self.decoding.temperature).softmax(-1)
+            if self.decoding.keep_entropies:
+                self.entropies.append(torch.special.entr(probs).sum(-1))
+            noise = torch.empty_like(probs).exponential_()
+            scores.copy_(probs.div_(noise))
+        self.scores = scores
+        return logits
+
+
+def open_rows(
+    rows: Rows, index: list[int], new_tokens: int, workspace: "Workspace | None"
+) -> tuple[Tensor, Tensor, Cache]:
+    """These rows as `generate` takes them: ids, mask and a cache of its own."""
+    if workspace is not None:
+        return workspace.open_rows(rows, index, new_tokens)
+    picked = select_rows(rows, index)
+    return picked.ids, picked.mask, DynamicCache(picked.kv)
+
+
+def generate_tokens(
+    model: torch.nn.Module,
+    nodes: list[Node],
+    rows: Rows,
+    index: list[int],
+    new_tokens: int,
+    decoding: Decoding,
+) -> Rows:
+    """One call of HF generate: nodes[k] continues row index[k] by up to new_tokens tokens.
+
+    -> the rows after it, one a node, which live in the cache that was used. Raises
+    FloatingPointError if the logits are not numbers.
+    """
+    ids, mask, cache = open_rows(rows, index, new_tokens, decoding.workspace)
+    draw_token = DrawToken(decoding, len(nodes))
+    eos_ids = list(decoding.eos_ids)
+    config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=new_tokens,
+        eos_token_id=eos_ids,
+        pad_token_id=eos_ids[0],
+        compile_config=decoding.workspace and decoding.workspace.compile_config,
+    )
+    # What is unset in a given config would come from the checkpoint's own (top_k, penalties, ...).
+    original = model.generation_config
+    model.generation_config = config
+    try:
+        out = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, logits_processor=[draw_token]
+        )
+    finally:
+        model.generation_config = original
+    if draw_token.scores.isnan().any():  # once there, they never leave the cache
+        raise FloatingPointError("the model's logits are not numbers; are its weights damaged?")
+    new = out[:, ids.shape[1]:]
+    for node, tokens in zip(nodes, new.tolist()):
+        ends = [tokens.index(eos_id) for eos_id in eos_ids if eos_id in tokens]
+        if ends:
+            node.done = True
+            tokens = tokens[:min(ends) + 1]  # what follows is padding
+        node.tokens += tokens
+    if decoding.keep_entropies:
+        entropies = torch.stack(draw_token.entropies, dim=1).tolist()
+        for node, row in zip(nodes, entropies):
+            missing = len(node.tokens) - len(node.entropies)
+            node.entropies += row[:missing]
+    past = out.shape[1] - 1
+    kv = [(layer.keys[:, :, :past], layer.values[:, :, :past]) for layer in cache.layers]
+    return Rows(out, torch.cat([mask, torch.ones_like(new)], dim=1), kv)
+
+
+def take_step(
+    model: torch.nn.Module,
+    nodes: list[Node],
+    rows: Rows,
+    index: list[int],
+    step_len: int,
+    decoding: Decoding,
+) -> tuple[Rows, list[int]]:
+    """Fill these empty nodes with up to step_len tokens; nodes[k] continues row index[k].
+
+    A long step takes several calls of generate, so that finished rows are dropped in between.
+    -> rows and their index in which the k-th unfinished node lives.
+    """
+    while True:
+        new_tokens = min(step_len, decoding.segment)
+        rows = generate_tokens(model, nodes, rows, index, new_tokens, decoding)
+        step_len -= new_tokens
+        index = [k for k, node in enumerate(nodes) if not node.done]
+        if step_len == 0 or not index:
+            return rows, index
+        nodes = [nodes[k] for k in index]
+
+
+def grow(
+    model: torch.nn.Module,
+    nodes: list[Node],
+    rows: Rows,
+    branching: list[int],
+    step_lens: list[int],
+    decoding: Decoding,
+) -> None:
+    """Give every node its children, level by level; nodes[i] lives in row i.
+
+    A frontier wider than one call of generate is walked depth-first in chunks: the same
+    distribution in less memory.
+    """
+    parents = [i for i in range(len(nodes)) for _ in range(branching[0])]
+    width = decoding.max_rows
+    if decoding.workspace is not None:
+        width = decoding.workspace.most_rows(rows.ids.shape[1] + step_lens[0])
+    for start in range(0, len(parents), width):
+        chunk = parents[start:start + width]
+        children = [Node([], nodes[i]) for i in chunk]
+        end, index = take_step(model, children, rows, chunk, step_lens[0], decoding)
+        unfinished = [child for child in children if not child.done]
+        if unfinished and len(branching) > 1:
+            unfinished_rows = select_rows(end, index)
+            del end  # its memory is needed below
+            grow(model, unfinished, unfinished_rows, branching[1:], step_lens[1:], decoding)
+
+
+@torch.no_grad()
+def sample_trees(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    branching: list[int],
+    step_lens: list[int],
+    decoding: Decoding,
+) -> list[Node]:
+    """One tree per prompt (a list of token ids) -> their roots, in the order of the prompts.
+
+    Below each unfinished node of depth d grow branching[d] children of up to step_lens[d] tokens
+    (§3.1). GRPO's whole answers are the tree of depth 1.
+    """
+    roots = [Node(list(prompt), question=i) for i, prompt in enumerate(prompts)]
+    by_length = sorted(roots, key=lambda root: len(root.tokens))  # little padding
+    width = max(1, decoding.max_rows // branching[0])
+    padding = 0 if decoding.workspace is None else decoding.workspace.padding
+    for start in range(0, len(roots), width):
+        group = by_length[start:start + width]
+        rows = prefill(model, [root.tokens for root in group], decoding.eos_ids[0], padding)
+        grow(model, group, rows, branching, step_lens, decoding)
+    return roots
+
+
+# -------------------------------------------------------------- Leaf rewards and backup (§3.1)
+def answer_text(node: Node, tokenizer: object) -> str:
+    """The text of the answer up to the end of this node; of a leaf it is what is verified."""
+    ids = [token for step in node.path()[1:] for token in step.tokens]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if node.children:
+        return text.rstrip("\ufffd")  # half a character is left to the child that completes it
     return text
 
-def build_prompt(question, template, tokenizer):
-    """Question -> prompt token ids, in training and evaluation alike."""
-    return tokenizer.encode(template.replace("{question}", question))
 
-def use_hub_or_cache():
-    """If the hub does not answer, look only into its local cache: at once, not after minutes of retries."""
-    try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=8)  # any answer will do
-    except Exception:  # of the HTTP library
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+def verify_leaves(
+    trees: list[Node], answers: list, tokenizer: object
+) -> tuple[list[Node], list[str]]:
+    """Set the reward of every leaf to 0 or 1 by the verifier -> the leaves, their texts.
 
-def read_rows(source):
-    """A .jsonl, .json or .parquet file or a hub data set ID[:CONFIG[:SPLIT]] -> rows. Raises BadInput."""
-    suffix, line = Path(source).suffix, 0
-    try:
-        if suffix == ".jsonl":
-            return [json.loads(text) for text in open(source, "rb") if (line := line + 1) and text.strip()]
-        if suffix in (".json", ".parquet"):
-            return datasets.load_dataset(suffix[1:], data_files=source, split="train")
-        use_hub_or_cache()
-        name, config, split = f"{source}::".split(":")[:3]
-        return datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as e:  # a dozen unrelated types say "not there", "not reachable" or "not readable"
-        place = f"{source} line {line}" if line else source
-        why = e.__cause__ or e
-        raise BadInput(f"cannot read {place} ({why!r:.200}); give a local .jsonl, .json, .parquet, or a hub id") from e
+    answers: the known answer to each prompt. Unfinished answers are verified like the others.
+    """
+    leaves = []
+    texts = []
+    for root in trees:
+        for leaf in root.leaves():
+            text = answer_text(leaf, tokenizer)
+            leaf.reward = reward_fn(text, answers[root.question])
+            leaves.append(leaf)
+            texts.append(text)
+    return leaves, texts
 
-def pick(row, place, wanted, usual):
-    """The row's value in the wanted column, else in the first usual one it has, in whatever case. Raises BadInput."""
-    columns = {str(name).lower(): name for name in row} if isinstance(row, dict) else {}
-    found = [columns[name] for name in ([wanted.lower()] if wanted else usual) if name in columns]
-    require(found, f"{place}: no {wanted or '/'.join(usual)} in columns {[*columns]}; name it by --{usual[0]}-column")
-    return row[found[0]]
 
-def load_questions(source, question_column=None, answer_column=None, skip_unanswered=False):
-    """-> [{"id": row number from 0, "question": str, "answer": str, number or list}]. Raises BadInput."""
-    questions, odd, rows = [], [], read_rows(source)
-    for number, row in enumerate(tqdm(rows, source, leave=False, delay=2)):
-        place = f"{source} row {number + 1}"
-        question = pick(row, place, question_column, ["question", "problem"])
-        answer = pick(row, place, answer_column, ["answer", "final_answer", "solution"])
-        answer = answer.rsplit("####", 1)[-1].strip() if isinstance(answer, str) else answer  # GSM8K
-        golds = answer if isinstance(answer, list) else [answer]
-        known = golds and all(type(gold) in (str, int, float) and str(gold).strip() for gold in golds)
-        require(isinstance(question, str) and question.strip(), f"{place}: the question must be text: {question!r:.80}")
-        require(known or skip_unanswered, f"{place}: the answer must be text or a number, not {answer!r:.80}")
-        if known:
-            question = question.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be tokenized
-            questions.append({"id": number, "question": question, "answer": answer})
-            golds = [extract_boxed(gold) or gold for gold in map(str, golds)]
-            odd += [gold for gold in golds if not (gold.isdigit() or read_answer(normalize_answer(gold)))]
-    require(questions, f"{source}: no question is in it")
-    if odd or len(questions) < len(rows):
-        missing = len(rows) - len(questions)
-        print(f"{source}: {missing} rows without an answer left out, {len(odd)} answers match only as text: {odd[:3]}")
-    return questions
+def backup_rewards(node: Node) -> float:
+    """Fill in the rewards from the leaves up -> this node's. An inner node takes the mean of its
+    children's, which differs from the mean of its leaves where a branch ended early (§3.1)."""
+    if node.children:
+        node.reward = fmean([backup_rewards(child) for child in node.children])
+    if node.reward is None:
+        raise ValueError("a leaf has no reward: verify the leaves before the backup")
+    return node.reward
 
-def fit_context(questions, name, template, tokenizer, budget, context):
-    """Add each question's prompt tokens; leave out questions whose prompt and answer together exceed the context."""
-    for q in tqdm(questions, "prompts", leave=False, delay=2):
-        q["prompt"] = build_prompt(q["question"], template, tokenizer)
-    kept = [q for q in questions if 0 < len(q["prompt"]) <= context - budget]
-    require(kept, f"{name}: no question fits, depth x --step-len takes {budget} of {context} tokens; lower --step-len")
-    print(f"{name}: {len(kept)} questions, {len(questions) - len(kept)} left out as too long for the context")
-    return kept
 
-# -------------------------------------------------------------------------------------------------- verifiable reward
+# -------------------------------------------- Pruning and advantages (§3.2, §3.3, Eq. 1 to 4)
+def is_informative(rewards: Sequence[float], threshold: float) -> bool:
+    """Eq. 1-2: a group is kept iff max R - min R > tau."""
+    rounding = 1e-9
+    return max(rewards) - min(rewards) > threshold + rounding
 
+
+def group_relative_advantages(rewards: Sequence[float], normalizer: str) -> Tensor:
+    """Rewards [n] of one group -> advantages [n], float64, of sum 0.
+
+    variance: (R - mu) / (mu (1 - mu)), Eq. 4, for rewards in [0, 1]; std: (R - mu) / sigma, Eq. 3,
+    with the population's sigma [ours]; none: R - mu. Equal rewards give zeros. Raises ValueError.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    mu = rewards.mean()
+    if normalizer == "variance":
+        if rewards.min() < 0 or rewards.max() > 1:
+            raise ValueError("the normalizer 'variance' needs rewards in [0, 1]")
+        divisor = mu * (1 - mu)
+    elif normalizer == "std":
+        divisor = rewards.std(correction=0)
+    elif normalizer == "none":
+        divisor = torch.tensor(1.0)
+    else:
+        raise ValueError(f"normalizer {normalizer!r}: choose 'variance', 'std' or 'none'")
+    if not is_informative(rewards.tolist(), 0.0):
+        return torch.zeros_like(rewards)
+    return (rewards - mu) / divisor
+
+
+def add_sibling_advantages(
+    trees: list[Node], normalizer: str, threshold: float
+) -> list[list[float]]:
+    """Compare the children of every node with each other (§3.3): set their advantage and whether
+    they are trained -> the rewards of every group."""
+    groups = []
+    for root in trees:
+        for parent in root.walk():
+            if not parent.children:
+                continue
+            rewards = [child.reward for child in parent.children]
+            informative = is_informative(rewards, threshold)
+            advantages = group_relative_advantages(rewards, normalizer)
+            for child, advantage in zip(parent.children, advantages.tolist()):
+                child.advantage = advantage if informative else 0.0
+                child.trained = informative
+            groups.append(rewards)
+    return groups
+
+
+# --------------------------------------------------------------- Objective (§3.4, Eq. 5 and 6)
+def pack_nodes(trees: list[Node], pack_len: int) -> list[dict[Node, bool]]:
+    """Lay every trained step into a pack once, behind its ancestors.
+
+    -> packs, each {node: is it scored here?}, parents before children. A pack holds at most
+    pack_len tokens, unless one path alone is longer. Depth-first order keeps siblings together, so
+    an ancestor is seldom computed again; where it is, it is only context.
+    """
+    packs = []
+    pack = {}
+    size = 0
+    for root in trees:
+        for node in root.walk():
+            if not node.trained:
+                continue
+            path = node.path()
+            new = [step for step in path if step not in pack]
+            new_size = sum(len(step.tokens) for step in new)
+            if pack and size + new_size > pack_len:
+                packs.append(pack)
+                pack = {}
+                size = 0
+                new = path
+                new_size = sum(len(step.tokens) for step in path)
+            for step in new:
+                pack[step] = False
+            pack[node] = True
+            size += new_size
+    if pack:
+        packs.append(pack)
+    return packs
+
+
+@dataclass
+class PackedRow:
+    """A pack as one row of T tokens, of which M tokens in S steps are scored."""
+    ids: Tensor                             # [1, T]
+    positions: Tensor                       # [1, T], along the token's own path
+    enter: Tensor                           # [T], depth-first number of the token's node
+    leave: Tensor                           # [T], first number behind the node's descendants
+    predictors: Tensor                      # [M], the column whose output predicts the token
+    targets: Tensor                         # [M], the token
+    segments: Tensor                        # [M], its step, 0 to S - 1
+    advantages: Tensor                      # [S]
+    old_logps: Tensor | None = None         # [M], from before the first optimiser step
+    ref_logps: Tensor | None = None         # [M], of the initial model
+
+
+def pack_row(pack: dict[Node, bool], device: torch.device) -> PackedRow:
+    """A pack -> its tensors."""
+    nodes = list(pack)
+    number = {node: k for k, node in enumerate(nodes)}
+    leave = [k + 1 for k in range(len(nodes))]
+    for k in reversed(range(len(nodes))):
+        if nodes[k].parent is not None:
+            parent = number[nodes[k].parent]
+            leave[parent] = max(leave[parent], leave[k])
+    ids = []
+    positions = []
+    owners = []       # of every token, the number of its node
+    last_column = {}  # of every node, the column of its last token
+    predictors = []
+    targets = []
+    segments = []
+    advantages = []
+    for k, node in enumerate(nodes):
+        start = len(ids)
+        first_position = 0
+        if node.parent is not None:
+            first_position = positions[last_column[node.parent]] + 1
+        columns = range(start, start + len(node.tokens))
+        ids += node.tokens
+        positions += [first_position + column - start for column in columns]
+        owners += [k] * len(node.tokens)
+        last_column[node] = columns[-1]
+        if pack[node]:
+            predictors += [last_column[node.parent], *columns[:-1]]
+            targets += node.tokens
+            segments += [len(advantages)] * len(node.tokens)
+            advantages.append(node.advantage)
+    return PackedRow(
+        ids=torch.tensor([ids], device=device),
+        positions=torch.tensor([positions], device=device),
+        enter=torch.tensor(owners, device=device),
+        leave=torch.tensor([leave[k] for k in owners], device=device),
+        predictors=torch.tensor(predictors, device=device),
+        targets=torch.tensor(targets, device=device),
+        segments=torch.tensor(segments, device=device),
+        advantages=torch.tensor(advantages, device=device),
+    )
+
+
+def ancestor_mask(enter: Tensor, leave: Tensor) -> Tensor:
+    """[T], [T] -> bool [1, 1, T, T]: True where the token of a row may look at the token of a
+    column. That is where it comes no earlier, and belongs to the same step or to a descendant:
+    enter[column] <= enter[row] < leave[column]."""
+    number = enter[:, None]
+    related = (enter <= number) & (number < leave)
+    return related.tril()[None, None]
+
+
+def token_logps(
+    model: torch.nn.Module,
+    row: PackedRow,
+    temperature: float,
+    n_tokens: int,
+    max_logits: int = 2**25,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [M] of the scored tokens and entropies [M] of the distributions they are scored
+    under, softmax(logits / temperature) over the first n_tokens ids. Float32, nats.
+
+    The output layer runs in chunks of at most max_logits float32 logits. If it takes more than
+    one, a chunk is computed again in the backward pass instead of being kept.
+    """
+    hidden = model.get_decoder()(
+        row.ids,
+        attention_mask=ancestor_mask(row.enter, row.leave),
+        position_ids=row.positions,
+        use_cache=False,
+    ).last_hidden_state[0, row.predictors]
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.get_output_embeddings()(hidden)[:, :n_tokens].float() / temperature
+        normalizer = logits.logsumexp(-1)
+        logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
+        entropies = normalizer - (logits.softmax(-1) * logits).sum(-1)
+        return logps, entropies
+
+    chunk = max(1, max_logits // n_tokens)
+    if len(hidden) <= chunk:
+        return score(hidden, row.targets)
+    logps = []
+    entropies = []
+    for part, targets in zip(hidden.split(chunk), row.targets.split(chunk)):
+        scored = torch.utils.checkpoint.checkpoint(score, part, targets, use_reentrant=False)
+        logps.append(scored[0])
+        entropies.append(scored[1])
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    entropies: Tensor,
+    segments: Tensor,
+    advantages: Tensor,
+    n_tokens: int,
+    n_steps: int,
+    ratio: str,
+    clip_eps: float,
+    kl_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor]:
+    """The share of these M tokens in the loss of one optimiser step over n_tokens tokens.
+
+        (1 / n_tokens) sum_t [ -min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)
+                               + kl_coef k3_t - entropy_coef H_t ]
+
+    r_t = pi / pi_old; k3 = exp(d) - d - 1 with d = log pi_ref - log pi, clamped to +-10. It is the
+    mean over all tokens [code]; Eq. 5 takes the mean over answers of their means. With ratio
+    "sequence" (GSPO, 2507.18071 Eq. 7) a step has one ratio exp(mean_t log r_t) and the first term
+    is the mean over the n_steps steps; KL and entropy stay means over tokens.
+
+    logps, old_logps, ref_logps (None: no KL), entropies, segments: [M]; advantages: [S].
+    -> loss, [clipped units, sum of k3, sum of H] without gradient. Raises ValueError.
+    """
+    log_ratio = logps - old_logps
+    if ratio == "token":
+        n_units = n_tokens
+        advantages = advantages[segments]
+    elif ratio == "sequence":
+        n_units = n_steps
+        zeros = torch.zeros_like(advantages)
+        lengths = zeros.index_add(0, segments, torch.ones_like(logps))
+        log_ratio = zeros.index_add(0, segments, log_ratio) / lengths
+    else:
+        raise ValueError(f"ratio {ratio!r}: choose 'token' or 'sequence'")
+    r = log_ratio.exp()
+    plain = r * advantages
+    clipped = r.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    loss = -torch.min(plain, clipped).sum() / n_units
+    kl = torch.zeros_like(logps)
+    if ref_logps is not None:
+        d = (ref_logps - logps).clamp(-10, 10)
+        kl = d.exp() - d - 1
+    loss = loss + kl_coef * kl.sum() / n_tokens - entropy_coef * entropies.sum() / n_tokens
+    statistics = torch.stack([(clipped < plain).sum(), kl.sum(), entropies.sum()])
+    return loss, statistics.detach()
+
+
+# ---------------------------------------------------------------- One training step (Figure 2)
+def split_by_question(trees: list[Node], n_parts: int) -> list[list[Node]]:
+    """Cut a batch into mini-batches: the questions that have trained steps, in n_parts parts of
+    about equal numbers of trained tokens; fewer if there are fewer questions."""
+    forests = {}  # question: its trees
+    sizes = {}    # question: its trained tokens
+    for root in trees:
+        size = sum(len(node.tokens) for node in root.walk() if node.trained)
+        forests.setdefault(root.question, []).append(root)
+        sizes[root.question] = sizes.get(root.question, 0) + size
+    questions = [question for question in forests if sizes[question] > 0]
+    questions.sort(key=lambda question: -sizes[question])
+    n_parts = min(n_parts, len(questions))
+    parts = []
+    for k in range(n_parts):
+        part = []
+        for question in questions[k::n_parts]:
+            part += forests[question]
+        parts.append(part)
+    return parts
+
+
+def optimizer_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: list[PackedRow],
+    mixed: bool,
+    temperature: float,
+    n_tokens: int,
+    ratio: str,
+    clip_eps: float,
+    kl_coef: float,
+    entropy_coef: float,
+) -> dict[str, float | None]:
+    """One step of the optimiser on one mini-batch -> sums and figures of it.
+
+    The gradient is that of the loss over all its tokens, however they are packed. A loss or a
+    gradient that is not finite never reaches the weights.
+    """
+    batch_tokens = sum(len(row.targets) for row in rows)
+    batch_steps = sum(len(row.advantages) for row in rows)
+    device = model.device.type
+    total_loss = torch.zeros((), device=model.device)
+    totals = torch.zeros(3, device=model.device)
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):  # casts the weights once
+        for row in rows:
+            logps, entropies = token_logps(model, row, temperature, n_tokens)
+            old_logps = logps.detach() if row.old_logps is None else row.old_logps
+            loss, statistics = policy_loss(
+                logps, old_logps, row.ref_logps, entropies, row.segments, row.advantages,
+                batch_tokens, batch_steps, ratio, clip_eps, kl_coef, entropy_coef,
+            )
+            with torch.autocast(device, enabled=False):
+                loss.backward()
+            total_loss += loss.detach()
+            totals += statistics
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    finite = math.isfinite(total_loss + grad_norm)  # waits for the device, once a step
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    clipped, kl_sum, entropy_sum = totals.tolist()
+    return {
+        "grad_norm": grad_norm.item() if finite else None,
+        "clip_ratio": clipped / (batch_tokens if ratio == "token" else batch_steps),
+        "kl_sum": kl_sum,
+        "entropy_sum": entropy_sum,
+        "tokens": batch_tokens,
+    }
+
+
+def update_policy(
+    model: torch.nn.Module,
+    reference: torch.nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    trees: list[Node],
+    minibatches: int,
+    pack_len: int,
+    mixed: bool,
+    temperature: float,
+    n_tokens: int,
+    ratio: str,
+    clip_eps: float,
+    kl_coef: float,
+    entropy_coef: float,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, float | bool | None]:
+    """One optimiser step for each mini-batch of these trees (§4) -> the metrics of the batch.
+
+    Old log-probs and those of the reference are taken before the first step. The first
+    mini-batch needs no pass for them: its own log-probs are the old ones, its ratios 1.
+    """
+    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    model.train(checkpointing)  # it works in training mode only
+    batches = []
+    for part in split_by_question(trees, minibatches):
+        rows = [pack_row(pack, model.device) for pack in pack_nodes(part, pack_len)]
+        batches.append(rows)
+    for number, rows in enumerate(batches):
+        for row in rows:
+            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+                if number > 0:
+                    row.old_logps, _ = token_logps(model, row, temperature, n_tokens)
+                if reference is not None:
+                    row.ref_logps, _ = token_logps(reference, row, temperature, n_tokens)
+            progress(len(row.targets))
+    steps = []
+    for rows in batches:
+        steps.append(
+            optimizer_step(
+                model, optimizer, rows, mixed, temperature, n_tokens, ratio, clip_eps, kl_coef,
+                entropy_coef,
+            )
+        )
+        progress(steps[-1]["tokens"])
+    if not steps:  # every group was pruned
+        return {"grad_norm": 0.0, "clip_ratio": 0.0, "kl": 0.0, "entropy": 0.0, "skipped": False}
+    trained_tokens = sum(step["tokens"] for step in steps)
+    return {
+        "grad_norm": steps[-1]["grad_norm"],
+        "clip_ratio": steps[-1]["clip_ratio"],
+        "kl": sum(step["kl_sum"] for step in steps) / trained_tokens,
+        "entropy": sum(step["entropy_sum"] for step in steps) / trained_tokens,
+        "skipped": any(step["grad_norm"] is None for step in steps),
+    }
+
+
+def train_step(
+    model: torch.nn.Module,
+    sampler: torch.nn.Module,
+    reference: torch.nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: object,
+    batch: list[dict],
+    decoding: Decoding,
+    settings: Settings,
+    status: "Status",
+) -> tuple[dict, list[Node]]:
+    """The algorithm of the module docstring on one batch of questions -> (metrics, trees)."""
+    prompts = [question["prompt"] for question in batch]
+    answers = [question["answer"] for question in batch]
+    step_lens = per_level(settings.step_len, settings.branching)
+    start = time.perf_counter()
+
+    # 1. Grow.
+    status.phase("sampling")
+    decoding = dataclasses.replace(decoding, progress=status.tokens)
+    if settings.algo == "treeadv":
+        trees = sample_forests(
+            sampler, prompts, settings.leaves, settings.trees, step_lens[0],
+            settings.entropy_threshold, decoding,
+        )
+    else:
+        trees = sample_trees(sampler, prompts, settings.branching, step_lens, decoding)
+    sampled = time.perf_counter()
+
+    # 2. Verify and back up.
+    status.phase("verifying")
+    leaves, texts = verify_leaves(trees, answers, tokenizer)
+    reward = fmean([backup_rewards(root) for root in trees])
+    verified = time.perf_counter()
+
+    # 3. Prune and 4. compare.
+    if settings.algo == "treeadv":
+        add_advantages = add_leaf_advantages
+    else:
+        add_advantages = add_sibling_advantages
+    groups = add_advantages(trees, settings.normalizer, settings.prune_threshold)
+
+    # 5. Update.
+    status.phase("updating")
+    metrics = update_policy(
+        model, reference, optimizer, trees, settings.minibatches, settings.pack_len,
+        sampler is not model, settings.temperature, decoding.n_tokens, settings.ratio,
+        settings.clip_eps, settings.kl_coef, settings.entropy_coef, status.tokens,
+    )
+    if sampler is not model:
+        sampler.load_state_dict(model.state_dict())  # the trained weights, rounded to bf16
+    end = time.perf_counter()
+
+    steps = [node for root in trees for node in root.steps()]
+    tokens = sum(len(node.tokens) for node in steps)
+    lengths = [sum(len(node.tokens) for node in leaf.path()[1:]) for leaf in leaves]
+    kept = [is_informative(group, settings.prune_threshold) for group in groups]
+    equal = [not is_informative(group, 0.0) for group in groups]
+    return {
+        "reward": reward,
+        "groups_kept": fmean(kept),
+        "frac_reward_zero_std": fmean(equal),
+        "tokens_sampled": tokens,
+        "completions/mean_length": fmean(lengths),
+        "completions/clipped_ratio": fmean([not leaf.done for leaf in leaves]),
+        "no_answer_ratio": fmean([extract_boxed(text) is None for text in texts]),
+        "tok_per_s": tokens / (end - start),
+        "time_sample": sampled - start,
+        "time_score": verified - sampled,
+        "time_update": end - verified,
+        "peak_mem_gb": peak_memory_gb(),
+        **metrics,
+    }, trees
+
+
+# ------------------------------------------------------- TreeAdv (2601.03703) and GSPO (2507.18071)
+# GSPO is policy_loss with ratio "sequence". TreeAdv grows other trees and compares other groups:
+# a forest of answers that fork where the policy was uncertain, and leaf advantages that are
+# redistributed to the steps. Only its abstract and summaries could be read, so the details (one
+# round of forks, positions of highest entropy, the plain mean) are ours.
+def pick_forks(rollouts: list[Node], n_forks: int, threshold: float) -> list[list[int]]:
+    """The n_forks positions of highest entropy above the threshold (nats) in these answers to one
+    question -> of every answer, the positions before whose token it forks, in order."""
+    candidates = []
+    for k, rollout in enumerate(rollouts):
+        for position, entropy in enumerate(rollout.entropies):
+            if entropy > threshold:
+                candidates.append((entropy, k, position))
+    candidates.sort(reverse=True)
+    forks = [[] for _ in rollouts]
+    for _, k, position in candidates[:n_forks]:
+        forks[k].append(position)
+    return [sorted(positions) for positions in forks]
+
+
+def split_rollout(rollout: Node, forks: list[int]) -> tuple[Node, list[Node]]:
+    """Cut an answer before these positions -> the root of the new tree, which is one chain of
+    steps; for each position the step that its fork continues."""
+    prompt = rollout.parent
+    root = Node(prompt.tokens, question=prompt.question)
+    node = root
+    parents = []
+    start = 0
+    for end in [*forks, len(rollout.tokens)]:
+        if end > start:
+            entropies = rollout.entropies[start:end]
+            node = Node(rollout.tokens[start:end], node, entropies=entropies)
+        parents.append(node)
+        start = end
+    node.done = rollout.done
+    return root, parents[:-1]
+
+
+def continue_forks(
+    model: torch.nn.Module, parents: list[Node], budgets: list[int], decoding: Decoding
+) -> None:
+    """Sample one more ending below each of these nodes, of up to its budget of tokens."""
+    prefixes = []
+    for parent in parents:
+        prefixes.append([token for step in parent.path() for token in step.tokens])
+    if not parents:
+        return
+    endings = sample_trees(model, prefixes, [1], [max(budgets)], decoding)
+    for parent, budget, root in zip(parents, budgets, endings):
+        ending = root.children[0]
+        Node(
+            ending.tokens[:budget],
+            parent,
+            done=ending.done and len(ending.tokens) <= budget,
+            entropies=ending.entropies[:budget],
+        )
+
+
+def sample_forests(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    n_leaves: int,
+    n_trees: int,
+    budget: int,
+    threshold: float,
+    decoding: Decoding,
+) -> list[Node]:
+    """TreeAdv's sampler: n_trees first answers a prompt, then forks at their most uncertain
+    positions; n_leaves answers in all, of up to `budget` tokens. Where too few positions lie above
+    the threshold, fresh answers fill up. -> roots, one a tree, grouped by prompt."""
+    decoding = dataclasses.replace(decoding, keep_entropies=True)
+    roots = []
+    parents = []
+    budgets = []
+    for prompt in sample_trees(model, prompts, [n_trees], [budget], decoding):
+        forks = pick_forks(prompt.children, n_leaves - n_trees, threshold)
+        for rollout, positions in zip(prompt.children, forks):
+            root, fork_parents = split_rollout(rollout, positions)
+            roots.append(root)
+            parents += fork_parents
+            budgets += [budget - position for position in positions]
+        n_forks = sum(len(positions) for positions in forks)
+        for _ in range(n_leaves - n_trees - n_forks):
+            root = Node(prompt.tokens, question=prompt.question)
+            roots.append(root)
+            parents.append(root)
+            budgets.append(budget)
+    continue_forks(model, parents, budgets, decoding)
+    return roots
+
+
+def add_leaf_advantages(
+    trees: list[Node], normalizer: str, threshold: float
+) -> list[list[float]]:
+    """TreeAdv's advantages: all leaves of a question form one group, and a step takes the plain
+    mean over the leaves below it -> the rewards of every group."""
+    forests = {}  # question: its trees
+    for root in trees:
+        forests.setdefault(root.question, []).append(root)
+    groups = []
+    for forest in forests.values():
+        leaves = [leaf for root in forest for leaf in root.leaves()]
+        rewards = [leaf.reward for leaf in leaves]
+        informative = is_informative(rewards, threshold)
+        advantages = group_relative_advantages(rewards, normalizer).tolist()
+        leaf_advantage = dict(zip(leaves, advantages))
+        for root in forest:
+            for node in root.steps():
+                below = [leaf_advantage[leaf] for leaf in node.leaves()]
+                node.advantage = fmean(below) if informative else 0.0
+                node.trained = informative
+        groups.append(rewards)
+    return groups
+
+
+# ---------------------------------------------------------------- Sampling by CUDA graphs
+# A GPU waits for the launches of a growing cache's many small kernels. Given a static cache,
+# `generate` compiles its decoding step by itself and replays it as a CUDA graph.
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """Attention of one new token: the query heads that share a key head become rows of one product.
+    The stock function, once compiled, copies keys and values for each of them.
+
+    query [B, H, 1, D]; key, value [B, H_kv, T, D]; attention_mask [B, 1, 1, T] -> [B, 1, H, D].
+    """
+    batch, n_heads, length, width = query.shape
+    if length > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    grouped = query.reshape(batch, key.shape[1], -1, width)
+    out = scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return out.reshape(batch, 1, n_heads, width), None
+
+
+def use_grouped_attention(model: torch.nn.Module) -> None:
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
+    model.set_attn_implementation("grouped")
+
+
+class Workspace:
+    """The KV cache of every `generate` call on a GPU: one block of memory for each layer, which
+    is never freed, because a CUDA graph is bound to addresses and shapes.
+
+    It has room for max_rows x length tokens and is seen in few shapes [B, H_kv, T, D]: B a power
+    of two, T a multiple of 256. One long prompt then lowers B instead of raising T for all.
+    """
+    padding = 1      # `generate` drops a mask without padding, and would compile a second time
+    least_rows = 16
+    columns = 256
+
+    def __init__(self, max_rows: int, length: int, compile_config: CompileConfig | None) -> None:
+        self.max_rows = max_rows
+        self.n_tokens = max_rows * self.round_up(length)
+        self.compile_config = compile_config
+        self.blocks: list[tuple[Tensor, Tensor]] = []       # keys, values of every layer
+        self.caches: dict[tuple[int, int], Cache] = {}  # by shape (B, T)
+
+    def round_up(self, length: int) -> int:
+        return math.ceil(length / self.columns) * self.columns
+
+    def most_rows(self, length: int) -> int:
+        """How many sequences of this length fit."""
+        return max(1, min(self.max_rows, self.n_tokens // self.round_up(length)))
+
+    def open_rows(
+        self, rows: Rows, index: list[int], new_tokens: int
+    ) -> tuple[Tensor, Tensor, Cache]:
+        """Copy these rows into the block -> ids, mask and the cache for `generate`. Copies of the
+        last row fill up the shape."""
+        past = rows.ids.shape[1] - 1
+        length = self.round_up(past + new_tokens)
+        power_of_two = 2 ** math.ceil(math.log2(len(index)))
+        batch = min(max(self.least_rows, power_of_two), self.most_rows(length))
+        cache = self.cache(rows.kv, batch, length)
+        filler = [index[-1]] * (batch - len(index))
+        picked = torch.tensor(index + filler, device=rows.ids.device)
+        for layer, (keys, values) in zip(cache.layers, rows.kv):
+            layer.keys[:, :, :past] = keys[picked]
+            layer.values[:, :, :past] = values[picked]
+            layer.cumulative_length.fill_(past)
+        return rows.ids[picked], rows.mask[picked], cache
+
+    def cache(self, kv: list[tuple[Tensor, Tensor]], batch: int, length: int) -> Cache:
+        """The block as a cache of this shape, made once for each shape."""
+        if not self.blocks:
+            for keys, values in kv:
+                # Zeros: what is masked is multiplied by 0, so it must be finite.
+                self.blocks.append((self.new_block(keys), self.new_block(values)))
+        if (batch, length) not in self.caches:
+            cache = Cache(layers=[StaticLayer(length) for _ in kv])
+            for layer, blocks, tensors in zip(cache.layers, self.blocks, kv):
+                layer.keys = self.view(blocks[0], tensors[0], batch, length)
+                layer.values = self.view(blocks[1], tensors[1], batch, length)
+                layer.cumulative_length = layer.cumulative_length.to(layer.keys.device)
+                layer.dtype = layer.keys.dtype
+                layer.device = layer.keys.device
+                layer.is_initialized = True
+                for tensor in (layer.keys, layer.values, layer.cumulative_length):
+                    # Without it there is no CUDA graph, as the step writes to its inputs.
+                    torch._dynamo.mark_static_address(tensor)
+            self.caches[batch, length] = cache
+        return self.caches[batch, length]
+
+    def new_block(self, tensor: Tensor) -> Tensor:
+        _, n_heads, _, width = tensor.shape
+        return tensor.new_zeros(self.n_tokens * n_heads * width)
+
+    def view(self, block: Tensor, like: Tensor, batch: int, length: int) -> Tensor:
+        _, n_heads, _, width = like.shape
+        size = batch * n_heads * length * width
+        return block[:size].view(batch, n_heads, length, width)
+
+
+# ------------------------------------------------------------------------ Answer verifier
+import operator
 # LaTeX is respelled by tables, then one small parser gives the value of an answer: exact in rational numbers, to ten
 # digits once roots or pi enter, at fixed points if there are variables. Work is bounded before it is done (characters,
 # bits of a number), so no timeout is needed. Precision comes before recall: what cannot be read equals nothing else.
@@ -308,556 +1305,1139 @@ def reward_fn(completion, answer):
     golds = [(extract_boxed(gold) or "") if re.search(r"\\(boxed|fbox)", gold) else gold for gold in golds]
     return float(any(is_equiv(extract_boxed(completion) or "", gold) for gold in golds))
 
-# ------------------------------------------------------------------------------------------------------------- the tree
-@dataclass(eq=False)
-class Node:
-    """One step: a segment of tokens that continues its parent's path. The root holds the prompt."""
-    tokens: list                                         # this step's own token ids, EOS included
-    parent: "Node | None" = field(default=None, repr=False)
-    children: list = field(default_factory=list, repr=False)
-    done: bool = False                                   # ended by an EOS
-    reward: float = None                                 # of a leaf: the verifier's; else the mean of the children's
-    advantage: float = 0.0
-    entropies: list = field(default_factory=list, repr=False)  # nats, of the distribution each token was drawn from
-    question: int = 0                                    # of a root: index of its prompt
 
-    def path(self):
-        """Nodes from the root to this one."""
-        return (self.parent.path() if self.parent else []) + [self]
+def is_readable(gold): return gold.isdigit() or read_answer(normalize_answer(gold)) is not None
 
-    def walk(self):
-        """This node and all below it, depth-first, parents before children."""
-        return [self, *(node for child in self.children for node in child.walk())]
 
-    def leaves(self):
-        return [node for node in self.walk() if not node.children]
+# ------------------------------------------------------------------------- Prompts and data
+class BadInput(ValueError):
+    """Something the user gave cannot work; the message names it and the fix. Exit status 2."""
 
-    depth = property(lambda self: len(self.path()) - 1)
-    trained = property(lambda self: abs(self.advantage) > 1e-12)  # its tokens are in the loss; 1e-12 is rounding
 
-def path_text(node, tokenizer):
-    """Text of the completion up to the end of this node. Of a leaf: what the verifier grades."""
-    ids = [token for step in node.path()[1:] for token in step.tokens]
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.rstrip("\ufffd") if node.children else text  # half a UTF-8 character is left to the child that ends it
+def require(condition: object, message: str) -> None:
+    if not condition:
+        raise BadInput(message)
 
-def step_text(node, tokenizer):
-    """The node's own piece of text: the pieces of a path concatenate to its leaf's path_text."""
-    return path_text(node, tokenizer)[len(path_text(node.parent, tokenizer)):] if node.parent else ""
 
-def render_tree(node, tokenizer, indent=""):
-    """Indented lines of reward, advantage, text; control characters escaped, so that a terminal obeys none."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in step_text(node, tokenizer))
-    lines = [f"{indent}{node.reward:.2f} {node.advantage:+.2f} | {text}"]
-    return "\n".join(lines + [render_tree(child, tokenizer, indent + "    ") for child in node.children])
+QWEN_MATH = (  # the prompt of Qwen2.5-Math's own evaluation
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+    "\\boxed{}.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+TEXT_FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+QUESTION_COLUMNS = ["question", "problem", "prompt"]
+ANSWER_COLUMNS = ["answer", "final_answer", "reward_model.ground_truth", "solution"]
 
-# -------------------------------------------------------------------------------------------------------- tree sampling
-# How to sample: exactly softmax(logits / temperature) over the tokenizer's ids; temperature 0 is greedy. eos_ids: each
-# ends a rollout; ids from n_tokens on only pad the embedding matrix; max_rows: sequences of one generate call.
-Decoding = namedtuple("Decoding", "eos_ids n_tokens temperature max_rows", defaults=(1.0, 512))
 
-def prefill(model, sequences, pad_id):
-    """R token lists -> state: (ids [R, T] left-padded, mask [R, T], KV cache of the first T - 1 positions). The last
-    token stays out: `generate` feeds it itself; given a cache of all T it would feed the whole prompt again."""
-    model.eval()  # in train mode, gradient checkpointing drops the cache without a word
-    length = max(2, *map(len, sequences))  # at least one column for the cache
-    ids = torch.tensor([[pad_id] * (length - len(s)) + s for s in sequences], device=model.device)
-    mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences], device=model.device)
-    cache, positions = DynamicCache(), (mask.cumsum(-1) - 1).clamp(min=0)
-    model.get_decoder()(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
-    return ids, mask, cache
+def chat_template(tokenizer: object) -> str:
+    """The tokenizer's own chat template as a text with {question} in it. Raises BadInput."""
+    require(tokenizer.chat_template, "--template chat: this tokenizer has no chat template")
+    turns = [{"role": "user", "content": "{question}"}]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's author
+        raise BadInput(
+            f"--template chat: the tokenizer's chat template fails ({error!s:.200}); "
+            "give a text file with {question} in it"
+        ) from error
 
-def select_rows(state, rows):
-    """A new state of these rows: repeats a parent for each child and drops finished rows in one copy."""
-    ids, mask, cache = state
-    rows = torch.tensor(rows, device=ids.device)
-    return ids[rows], mask[rows], DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers])
 
-def generate_step(model, state, max_new_tokens, decoding):
-    """Continue every row by one step with HF generate. -> ([R] (tokens, done, entropies), state after the step)."""
-    (ids, mask, cache), eos, drawn, entropies = state, [*decoding.eos_ids], decoding.temperature > 0, []
-    def on_policy(_, scores):  # the only logits processor
-        scores[:, decoding.n_tokens:] = -math.inf
-        scores = scores / (decoding.temperature or 1.0)
-        entropies.append(torch.special.entr(scores.softmax(-1)).sum(-1))  # H = -sum_a pi(a) log pi(a)
-        return scores
-    # a clean config on the model too: what is unset here would come from the checkpoint's own (penalties, top_k, ...)
-    clean = GenerationConfig(do_sample=drawn, temperature=1.0, top_k=0 if drawn else 50, top_p=1.0, use_cache=True,
-                             max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos[0])
-    original, model.generation_config = model.generation_config, clean
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, logits_processor=[on_policy])
-    model.generation_config = original
-    new, steps = out[:, ids.shape[1]:], []
-    for tokens, h in zip(new.tolist(), torch.stack(entropies, 1).tolist()):
-        n = next((i for i, token in enumerate(tokens, 1) if token in eos), None)  # behind its first EOS is padding
-        steps.append((tokens[:n], n is not None, h[:n]))
-    return steps, (out, torch.cat([mask, torch.ones_like(new)], 1), cache)
+def load_template(name: str | None, tokenizer: object, vocab_size: int) -> str:
+    """--template -> a text with {question} in it. Raises BadInput."""
+    if name is None:
+        end_of_turn = tokenizer.get_vocab().get("<|im_end|>", vocab_size)
+        name = "qwen-math" if end_of_turn < vocab_size else "none"
+    if name == "qwen-math":
+        return QWEN_MATH
+    if name == "none":
+        return "{question}"
+    if name == "chat":
+        return chat_template(tokenizer)
+    require(
+        os.path.isfile(name),
+        f"--template {name}: neither qwen-math, none, chat nor a file",
+    )
+    text = Path(name).read_text("utf-8", "replace")
+    require("{question}" in text, f"--template {name}: there is no {{question}} in it")
+    return text
 
-def add_child(parent, tokens, done, entropies):
-    parent.children.append(Node(tokens, parent, done=done, entropies=entropies))
-    return parent.children[-1]
 
-def grow(model, nodes, rows, state, branching, step_lens, decoding):
-    """Give every node its children, level by level; nodes[i] lives in row rows[i] of state. A frontier wider than
-    max_rows is walked depth-first in chunks: the same distribution in less memory."""
-    wanted = [i for i in range(len(nodes)) for _ in range(branching[0])]
-    for start in range(0, len(wanted), decoding.max_rows):
-        chunk = wanted[start:start + decoding.max_rows]
-        steps, child_state = generate_step(model, select_rows(state, [rows[i] for i in chunk]), step_lens[0], decoding)
-        children = [add_child(nodes[i], *step) for i, step in zip(chunk, steps)]
-        live = [row for row, child in enumerate(children) if not child.done]
-        if live and branching[1:]:
-            grow(model, [children[row] for row in live], live, child_state, branching[1:], step_lens[1:], decoding)
+def build_prompt(question: str, template: str, tokenizer: object) -> list[int]:
+    """The token ids of a prompt, in training and evaluation alike: begun once, never ended."""
+    text = template.replace("{question}", question)
+    ids = tokenizer.encode(text)
+    bos_id = tokenizer.bos_token_id
+    if bos_id is not None and ids[:2] == [bos_id, bos_id]:
+        ids = ids[1:]  # one from the template, one from the tokenizer
+    eos_token = tokenizer.eos_token or ""
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos_token):
+        ids = ids[:-1]  # put there by the tokenizer
+    return ids
 
-@torch.no_grad()
-def sample_trees(model, prompts, branching, step_lens, decoding):
-    """TreeRPO's sampler: one tree per prompt (a list of ids), branching[d] children of up to step_lens[d] tokens below
-    each live node of depth d. -> roots, in the order of the prompts."""
-    roots = [Node(list(prompt), question=i) for i, prompt in enumerate(prompts)]
-    by_length, width = sorted(roots, key=lambda root: len(root.tokens)), max(1, decoding.max_rows // branching[0])
-    for start in range(0, len(roots), width):  # prompts of about one length together: little padding
-        group = by_length[start:start + width]
-        state = prefill(model, [root.tokens for root in group], decoding.eos_ids[0])
-        grow(model, group, range(len(group)), state, branching, step_lens, decoding)
-    return roots
 
-@torch.no_grad()
-def sample_forests(model, prompts, leaves, trees, budget, threshold, decoding):
-    """TreeAdv's sampler: `trees` first rollouts a prompt, then forks where they were uncertain; `leaves` rollouts in
-    all, of up to `budget` tokens. Forks: the positions of highest entropy above threshold (nats), one round of them
-    [ours]; where there are too few, fresh rollouts fill up. -> roots, one a tree, grouped by prompt."""
-    roots, forks = [], []  # forks: (node to continue, the tokens that may take)
-    for first in sample_trees(model, prompts, [trees], [budget], decoding):
-        spots = [(h, k, t) for k, step in enumerate(first.children) for t, h in enumerate(step.entropies)]
-        spots = sorted((spot for spot in spots if spot[0] > threshold), reverse=True)[:leaves - trees]
-        forest = [Node(first.tokens, question=first.question) for _ in range(leaves - len(spots))]
-        for k, (node, rollout) in enumerate(zip(forest, first.children)):  # cut the rollout at its forks
-            cuts = sorted(t for _, j, t in spots if j == k)
-            for start, end in zip([0, *cuts], [*cuts, len(rollout.tokens)]):
-                if end > start:
-                    node = add_child(node, rollout.tokens[start:end], False, rollout.entropies[start:end])
-                forks += [(node, budget - end)] if end < len(rollout.tokens) else []
-            node.done = rollout.done
-        forks += [(root, budget) for root in forest[trees:]]
-        roots += forest
-    prefixes = [[token for step in node.path() for token in step.tokens] for node, _ in forks]
-    for (node, n), fork in zip(forks, sample_trees(model, prefixes, [1], [budget], decoding)):
-        rest = fork.children[0]
-        add_child(node, rest.tokens[:n], rest.done and len(rest.tokens) <= n, rest.entropies[:n])
-    return roots
+def use_hub_or_cache() -> None:
+    """If the hub does not answer, look only into its local cache, at once instead of after minutes
+    of retries."""
+    import datasets
+    import huggingface_hub
+    try:
+        session = huggingface_hub.utils.get_session()
+        session.head(huggingface_hub.constants.ENDPOINT, timeout=8)  # any answer will do
+    except Exception:  # of whatever HTTP library is below
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
 
-# -------------------------------------------------------------------------------------------------------- reward backup
-def backup_rewards(node):
-    """Fill node.reward from the leaves up, return it. A leaf keeps its own; an inner node takes the mean of its
-    children's (the paper's rule), which is not the mean of its leaves where a branch ended early."""
-    if node.children:
-        node.reward = fmean(backup_rewards(child) for child in node.children)
-    return node.reward
 
-# ---------------------------------------------------------------------------------------- step-level groups, advantages
-def group_relative_advantages(rewards, normalizer, min_group_std=0.0):
-    """Rewards [n] of one group -> advantages [n], float64, sum 0; all 0 if their population std is at most
-    min_group_std [ours]. std: (r - mu) / population std; none: r - mu; bernoulli, r in [0, 1]: (r - mu) /
-    sqrt(mu (1 - mu)) [ours: std for 0/1 rewards, but near-ties stay small]. Raises ValueError."""
-    rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    mu, std = rewards.mean(), rewards.std(correction=0)
-    if std <= max(min_group_std, 1e-9):  # 1e-9: equal but for rounding
-        return torch.zeros_like(rewards)
-    if normalizer == "bernoulli" and (rewards.min() < 0 or rewards.max() > 1):
-        raise ValueError("the bernoulli normaliser needs rewards in [0, 1]")
-    return (rewards - mu) / {"bernoulli": (mu * (1 - mu)).sqrt(), "std": std, "none": 1.0}[normalizer]
+def read_jsonl(path: str) -> list:
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise BadInput(f"{path} line {number}: not a JSON object ({error})") from error
+    return rows
 
-def add_sibling_advantages(forest, normalizer, min_group_std=0.0):
-    """TreeRPO's step-level groups: node.advantage += its advantage among its siblings. -> has each group a signal?"""
-    signals = []
-    for siblings in (node.children for root in forest for node in root.walk() if node.children):
-        group = group_relative_advantages([node.reward for node in siblings], normalizer, min_group_std)
-        for node, advantage in zip(siblings, group.tolist()):
-            node.advantage += advantage
-        signals.append(bool(group.any()))
-    return signals
 
-def add_leaf_advantages(forest, normalizer, min_group_std=0.0):
-    """TreeAdv: compare all leaves of a question; node.advantage += the plain mean [ours] over the leaves below it."""
-    leaves = [leaf for root in forest for leaf in root.leaves()]
-    group = group_relative_advantages([leaf.reward for leaf in leaves], normalizer, min_group_std)
-    own = dict(zip(leaves, group.tolist()))
-    for node in (node for root in forest for node in root.walk() if node.parent):
-        node.advantage += fmean(own[leaf] for leaf in node.leaves())
-    return [bool(group.any())]
+def read_rows(source: str) -> Sequence[dict]:
+    """The rows of a file or of a hub data set ID[:CONFIG[:SPLIT]]. Raises BadInput."""
+    ending = Path(source).suffix
+    formats = ", ".join(TEXT_FORMATS)
+    require(
+        ending in TEXT_FORMATS or not os.path.exists(source),
+        f"{source}: its name must end in one of {formats}",
+    )
+    try:
+        if ending == ".jsonl":
+            return read_jsonl(source)
+        import datasets
+        if ending in TEXT_FORMATS:
+            return datasets.load_dataset(ending[1:], data_files=source, split="train")
+        use_hub_or_cache()
+        name, config, split = f"{source}::".split(":")[:3]
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    except BadInput:
+        raise
+    except Exception as error:  # a dozen unrelated types: not there, not reachable, not readable
+        reason = error.__cause__ or error
+        raise BadInput(
+            f"cannot read {source} ({reason!r:.200}); give a file ({formats}) or a hub id"
+        ) from error
 
-ADVANTAGES = {"siblings": [add_sibling_advantages], "leaves": [add_leaf_advantages],
-              "both": [add_sibling_advantages, add_leaf_advantages]}
 
-def unit_weights(nodes, level_weight, ratio):
-    """{depth: loss weight of a unit there}; a unit is a token, or a step under sequence ratios. The weights of all
-    sampled units, trained or not, sum to 1, so that pruning, packs and micro-batches do not change the gradient.
-    tokens: every unit alike. levels: every depth alike in sum [ours]."""
-    units = Counter(d for node in nodes for d in [node.depth] * (len(node.tokens) if ratio == "token" else 1))
-    return {d: 1 / (units.total() if level_weight == "tokens" else len(units) * n) for d, n in units.items()}
+def look_up(row: object, name: str) -> object:
+    """The value of a column in whatever case, None if there is none. a.b is column b in a."""
+    first, _, rest = name.partition(".")
+    if not isinstance(row, dict):
+        return None
+    for column, value in row.items():
+        if str(column).lower() == name.lower():
+            return value
+        if rest and str(column).lower() == first.lower():
+            return look_up(value, rest)
+    return None
 
-# -------------------------------------------------------------------------------------------- packed log-probs and loss
-def pack_nodes(roots, pack_len):
-    """Put every trained node into a pack once, behind its ancestors. -> packs, each {node: is it scored here?}. A pack
-    holds at most pack_len tokens, unless one path is longer. Depth-first order keeps siblings together, so that an
-    ancestor is seldom computed again; where it is, it is context only."""
-    packs = [{}]
-    for node in (node for root in roots for node in root.walk() if node.trained):
-        joined = packs[-1] | {step: False for step in node.path() if step not in packs[-1]}
-        if packs[-1] and sum(len(step.tokens) for step in joined) > pack_len:
-            packs.append({})
-            joined = dict.fromkeys(node.path(), False)
-        packs[-1] = joined | {node: True}
-    return packs
 
-def pack_tensors(pack, device):
-    """A pack -> one row of T tokens, of which M in S steps are scored. ids, positions [1, T]; mask [1, 1, T, T], True
-    where a token may look: itself, earlier tokens of its step, ancestors; predictors [M]: the column whose output
-    predicts a scored token; targets [M]: that token; segments [M]: its step, < S."""
-    ids, positions, owner, predictors, targets, segments, last = [], [], [], [], [], [], {}
-    for k, (node, scored) in enumerate(pack.items()):
-        start, end = len(ids), len(ids) + len(node.tokens)
-        offset = positions[last[node.parent]] + 1 if node.parent else 0
-        if scored:
-            predictors += [last[node.parent], *range(start, end - 1)]
-            targets += node.tokens
-            segments += [segments[-1] + 1 if segments else 0] * len(node.tokens)
-        last[node] = end - 1  # its last column
-        ids += node.tokens
-        positions += range(offset, offset + end - start)
-        owner += [k] * (end - start)
-    related = torch.tensor([[step in path for step in pack] for path in (set(node.path()) for node in pack)])
-    row = dict(ids=[ids], positions=[positions], predictors=predictors, targets=targets, segments=segments,
-               mask=related[owner][:, owner].tril()[None, None])
-    return argparse.Namespace(**{name: torch.as_tensor(value, device=device) for name, value in row.items()})
+def pick(row: dict, place: str, given: str | None, usual: list[str], what: str) -> object:
+    """The row's question or answer, from the given column, else from the first usual one."""
+    for name in [given] if given else usual:
+        value = look_up(row, name)
+        if value is not None:
+            return value
+    columns = list(row) if isinstance(row, dict) else "no JSON object"
+    wanted = given or "/".join(usual)
+    raise BadInput(f"{place}: no {wanted} in {columns}; name the column by --{what}-column")
 
-def token_logps(model, row, temperature, n_tokens, chunk=256, keep=2**22):
-    """Log-probs [M], float32, of the scored tokens under softmax(logits / temperature) over the first n_tokens ids. The
-    head runs in chunks, and, if there are over `keep` logits in all, again in the backward pass: never more than
-    chunk x vocabulary float32 logits at once."""
-    out = model.get_decoder()(row.ids, attention_mask=row.mask, position_ids=row.positions, use_cache=False)
-    hidden = out.last_hidden_state[0, row.predictors]
-    def score(hidden, targets):
-        logits = model.get_output_embeddings()(hidden)[:, :n_tokens].float() / temperature
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-    again = len(hidden) * n_tokens > keep
-    return torch.cat([torch.utils.checkpoint.checkpoint(score, h, y, use_reentrant=False) if again else score(h, y)
-                      for h, y in zip(hidden.split(chunk), row.targets.split(chunk))])
 
-def policy_loss(logps, old_logps, segments, advantages, weights, clip_eps, ratio):
-    """PPO's clipped loss -sum_u w_u min(r_u A_u, clip(r_u, 1 - eps, 1 + eps) A_u) -> (loss, clipped units, units).
-    logps, old_logps, segments [M]; advantages, weights [S]. token (GRPO): a unit is a token, r = pi / pi_old.
-    sequence (GSPO, 2507.18071): a unit is a step, r = (pi(y) / pi_old(y))^(1 / |y|) = exp(mean_t log r_t)."""
-    log_ratio = logps - old_logps
-    if ratio == "sequence":
-        sums = torch.zeros_like(weights).index_add(0, segments, log_ratio)
-        log_ratio = sums / torch.bincount(segments)
+def question_text(cell: object, place: str) -> str:
+    """A question, or the last user message of a chat (the files of verl and rllm)."""
+    if isinstance(cell, list):
+        turns = [turn for turn in cell if isinstance(turn, dict) and turn.get("role") == "user"]
+        cell = turns[-1].get("content") if turns else None
+    require(
+        isinstance(cell, str) and cell.strip(),
+        f"{place}: the question must be text or a chat, not {cell!r:.80}",
+    )
+    return cell.encode("utf-8", "replace").decode()  # half a surrogate pair has no tokens
+
+
+def is_known(answer: object) -> bool:
+    golds = answer if isinstance(answer, list) else [answer]
+    for gold in golds:
+        if type(gold) not in (str, int, float) or not str(gold).strip():
+            return False
+    return len(golds) > 0
+
+
+def load_questions(
+    source: str,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    skip_unanswered: bool = False,
+) -> list[dict]:
+    """-> [{"id": row number from 0, "question": text, "answer": text, number or list of them, "row": all
+    columns}]. Raises BadInput."""
+    questions = []
+    unreadable = []
+    rows = read_rows(source)
+    for number, row in enumerate(tqdm(rows, source, leave=False, delay=1)):
+        place = f"{source} row {number + 1}"
+        cell = pick(row, place, question_column, QUESTION_COLUMNS, "question")
+        try:
+            answer = pick(row, place, answer_column, ANSWER_COLUMNS, "answer")
+        except BadInput:
+            if not skip_unanswered:
+                raise
+            continue
+        if isinstance(answer, str):
+            answer = answer.rsplit("####", 1)[-1].strip()  # GSM8K
+        if not is_known(answer):
+            require(skip_unanswered, f"{place}: the answer must be text or a number, not {answer!r:.80}")
+            continue
+        questions.append({"id": number, "question": question_text(cell, place), "answer": answer, "row": row})
+        for gold in answer if isinstance(answer, list) else [answer]:
+            gold = extract_boxed(str(gold)) or str(gold)
+            if not is_readable(gold):
+                unreadable.append(f"row {number + 1}: {gold:.60}")
+    require(questions, f"{source}: no question is in it")
+    if len(questions) < len(rows):
+        print(f"{source}: {len(rows) - len(questions)} rows without an answer are left out")
+    if unreadable:
+        print(
+            f"{source}: {len(unreadable)} answers cannot be read as mathematics and match only "
+            f"the same text; the first is in {unreadable[0]}"
+        )
+    return questions
+
+
+def fit_prompts(
+    questions: list[dict],
+    name: str,
+    template: str,
+    tokenizer: object,
+    max_prompt_len: int,
+    budget: int,
+    context: int,
+    vocab_size: int,
+) -> list[dict]:
+    """Add each question's prompt; leave out those too long for the flag or the context."""
+    longest = min(max_prompt_len, context - budget)
+    require(
+        longest > 0,
+        f"{name}: an answer takes up to {budget} tokens and the model's context is {context}; "
+        "lower --step-len",
+    )
+    kept = []
+    for question in tqdm(questions, "tokenizing", leave=False, delay=1):
+        prompt = build_prompt(question["question"], template, tokenizer)
+        top = max(prompt, default=0)
+        require(
+            top < vocab_size,
+            f"{name}: the prompt has token {tokenizer.convert_ids_to_tokens(top)!r} with id {top}, "
+            f"but the model knows ids below {vocab_size} only; use another --template",
+        )
+        if 0 < len(prompt) <= longest:
+            kept.append({**question, "prompt": prompt})
+    require(
+        kept,
+        f"{name}: every prompt has more than {longest} tokens; raise --max-prompt-len, or lower "
+        f"--step-len, as an answer of {budget} must fit into the context of {context}, too",
+    )
+    left_out = len(questions) - len(kept)
+    print(f"{name}: {len(kept)} questions, {left_out} left out as longer than {longest} tokens")
+    return kept
+
+
+# ---------------------------------------------------------------------------------- Models
+def from_pretrained(kind: type, name: str, **options: object) -> object:
+    """kind.from_pretrained(name) of a folder, the hub or its cache. Raises BadInput."""
+    try:
+        if not os.path.isdir(name):
+            use_hub_or_cache()
+        return kind.from_pretrained(name, **options)
+    except Exception as error:  # a dozen unrelated types: missing, torn, or another kind of model
+        raise BadInput(
+            f"{name}: cannot load the model ({error!s:.300}); give a folder with config, weights "
+            "and tokenizer, or a hub id that is reachable or in the local cache. If it is a "
+            "checkpoint of a run, delete that folder: --resume then takes the one before"
+        ) from error
+
+
+def load_tokenizer(name: str) -> object:
+    from transformers import AutoTokenizer
+    tokenizer = from_pretrained(AutoTokenizer, name)
+    require(tokenizer.encode("1"), f"{name}: its tokenizer knows no words; is tokenizer.json missing?")
+    require(
+        tokenizer.eos_token_id is not None,
+        f"{name}: no end-of-sequence token; set eos_token in its tokenizer_config.json",
+    )
+    return tokenizer
+
+
+def load_config(name: str) -> object:
+    """The model's config, if its attention is one that the packed update is tested with."""
+    from transformers import AutoConfig
+    config = from_pretrained(AutoConfig, name)
+    kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
+    unknown = kinds - {"qwen2", "qwen3", "llama", "full_attention"}
+    require(
+        not unknown,
+        f"{name}: {', '.join(sorted(unknown))} is not supported, only qwen2, qwen3 and llama "
+        "models with full attention in every layer are tested",
+    )
+    return config
+
+
+def load_model(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Raises BadInput."""
+    from transformers import AutoModelForCausalLM
+    load_config(name)
+    model = from_pretrained(
+        AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa"
+    )
+    small = model.num_parameters() < 10_000_000
+    if device == "cpu" and small:
+        torch.set_num_threads(1)  # more of them only wait for each other
+    return model.to(device)
+
+
+def choose_device(device: str) -> str:
+    available = torch.cuda.is_available()
+    require(device != "cuda" or available, "--device cuda: there is no CUDA GPU; use --device cpu")
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    if dtype == "auto":
+        return "mixed" if device == "cuda" else "float32"
+    return dtype
+
+
+def make_decoding(
+    model: torch.nn.Module, tokenizer: object, temperature: float, max_rows: int
+) -> Decoding:
+    """Stop at every end token that model, generation config or tokenizer name, and at the end of
+    a chat turn. Tokens that the tokenizer does not know are never drawn."""
+    vocabulary = tokenizer.get_vocab()
+    n_tokens = min(max(vocabulary.values()) + 1, model.config.vocab_size)
+    stops = {tokenizer.eos_token_id, vocabulary.get("<|im_end|>")}
+    for named in (model.config.eos_token_id, model.generation_config.eos_token_id):
+        stops |= set(named) if isinstance(named, list) else {named}
+    eos_ids = sorted(stop for stop in stops if stop is not None and stop < n_tokens)
+    return Decoding(tuple(eos_ids), n_tokens, temperature, max_rows)
+
+
+def add_workspace(
+    model: torch.nn.Module, decoding: Decoding, length: int, mode: str
+) -> Decoding:
+    """--compile: a decoding with a static workspace for sequences of up to `length` tokens.
+
+    auto: on CUDA, and if it fails, without one and with a line that says what it costs. on: on any
+    device, and a failure is a BadInput.
+    """
+    on_cuda = model.device.type == "cuda"
+    if mode == "off" or (mode == "auto" and not on_cuda):
+        return decoding
+    compile_config = CompileConfig(dynamic=True)
+    compile_config._compile_all_devices = True
+    length += Workspace.padding
+    workspace = Workspace(decoding.max_rows, length, compile_config)
+    static = dataclasses.replace(decoding, workspace=workspace)
+    original = model.config._attn_implementation
+    use_grouped_attention(model)
+    print("compiling the decoding step, about half a minute", flush=True)
+    start = time.perf_counter()
+    try:
+        sample_trees(model, [[decoding.eos_ids[0]]], [1], [4], static)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a missing compiler shows in many ways
+        require(mode == "auto", f"--compile on: the compiler fails ({error!s:.300})")
+        model.set_attn_implementation(original)
+        print(
+            f"cannot compile ({type(error).__name__}: {error!s:.200}); sampling goes on without "
+            "CUDA graphs, several times slower"
+        )
+        return decoding
+    print(f"compiled in {time.perf_counter() - start:.0f} s")
+    return static
+
+
+def peak_memory_gb() -> float:
+    """Of the GPU, else of this process, in GB."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def check_resources(
+    config: object, device: str, dtype: str, with_reference: bool, max_rows: int, length: int,
+    folder: Path, keep: int,
+) -> None:
+    """Say what memory and disk a run needs before its long work begins. Raises BadInput if the
+    weights alone or the checkpoints cannot fit."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        n_weights = AutoModelForCausalLM.from_config(config).num_parameters()
+    # Bytes a weight: weights, gradients and Adam's two moments; sampler's copy; reference.
+    training = 8 if dtype == "bfloat16" else 16
+    sampler = 2 if dtype == "mixed" else 0
+    reference = 0
+    if with_reference:
+        reference = 4 if dtype == "float32" else 2
+    weights_gb = n_weights * (training + sampler + reference) / 1e9
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    value_bytes = 4 if dtype == "float32" else 2
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width * value_bytes
+    cache_gb = max_rows * length * token_bytes / 1e9
+    if device == "cuda":
+        memory_gb = torch.cuda.mem_get_info()[1] / 1e9
     else:
-        advantages, weights = advantages[segments], weights[segments]
-    r = log_ratio.exp()
-    plain, clipped = r * advantages, r.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    return -(weights * torch.min(plain, clipped)).sum(), (clipped < plain).sum().item(), len(r)
+        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    checkpoint_gb = n_weights * training * 0.75 / 1e9  # gradients are not saved
+    disk_gb = (keep + 1) * checkpoint_gb
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    print(
+        f"memory: {weights_gb:.1f} GB for weights, Adam and copies, up to {cache_gb:.1f} GB for "
+        f"the KV cache, plus activations, of {memory_gb:.0f} GB; "
+        f"disk: {disk_gb:.1f} GB for checkpoints, {free_gb:.0f} GB free"
+    )
+    require(
+        weights_gb < memory_gb,
+        f"the model needs {weights_gb:.1f} GB before any activation and {device} has "
+        f"{memory_gb:.1f} GB; use a smaller --model, --dtype bfloat16, or --kl-coef 0",
+    )
+    if weights_gb + cache_gb > memory_gb:
+        print("that is more than there is: lower --max-rows, then --pack-len")
+    require(
+        disk_gb < free_gb,
+        f"{folder} has {free_gb:.1f} GB free and {keep + 1} checkpoints take {disk_gb:.1f} GB; "
+        "lower --keep or choose another --out",
+    )
 
-# --------------------------------------------------------------------------------------------------------------- update
-def update_policy(model, optimizer, trees, weights, decoding, autocast, pack_len, clip_eps, ratio, updates):
-    """`updates` optimiser steps on one batch of trees -> grad_norm and clip_ratio of the last, skipped. weights: see
-    unit_weights. Old log-probs are those of the first pass, before any step: with one pass every ratio is 1. A pass
-    whose loss or gradient is not finite never reaches the weights: skipped."""
-    packs, old_logps, metrics = pack_nodes(trees, pack_len), {}, dict(grad_norm=0.0, clip_ratio=0.0, skipped=False)
-    model.train(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))  # works in train mode only
-    for _ in range(updates if packs[0] else 0):
-        sums = torch.zeros(3)  # loss, clipped units, units
-        for k, pack in enumerate(packs):
-            row, scored = pack_tensors(pack, model.device), [node for node in pack if pack[node]]
-            per_step = torch.tensor([[node.advantage, weights[node.depth]] for node in scored], device=model.device)
-            with autocast:
-                logps = token_logps(model, row, decoding.temperature, decoding.n_tokens)
-            old = old_logps.setdefault(k, logps.detach())
-            loss, *counts = policy_loss(logps, old, row.segments, *per_step.T, clip_eps, ratio)
-            loss.backward()
-            sums += torch.tensor([loss.item(), *counts])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        finite = math.isfinite(sums[0] + norm)
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-        metrics = dict(grad_norm=norm if finite else None, clip_ratio=(sums[1] / sums[2]).item(),
-                       skipped=metrics["skipped"] or not finite)
-    return metrics
 
-def grade(trees, questions, tokenizer):
-    """Fill the reward of every leaf by the verifier. -> (leaves, their texts)."""
-    leaves = [leaf for root in trees for leaf in root.leaves()]
-    texts = [path_text(leaf, tokenizer) for leaf in leaves]
-    for leaf, text in zip(leaves, texts):
-        leaf.reward = reward_fn(text, questions[leaf.path()[0].question]["answer"])
-    return leaves, texts
-
-def evaluate(model, tokenizer, questions, samples, budget, decoding, seed):
-    """Held-out accuracy, avg@samples at temperature 1 and greedy, on a random stream of its own."""
-    accuracy, prompts = {}, [q["prompt"] for q in questions]
+# ------------------------------------------------------------------------------ Evaluation
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: object,
+    questions: list[dict],
+    samples: int,
+    budget: int,
+    decoding: Decoding,
+    seed: int,
+) -> dict[str, float]:
+    """Held-out accuracy: avg@samples at the decoding's temperature, and greedy. It has a random
+    stream of its own, so that evaluating never changes the training."""
+    prompts = [question["prompt"] for question in questions]
+    answers = [question["answer"] for question in questions]
+    greedy = dataclasses.replace(decoding, temperature=0.0)
+    accuracy = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name, width, temperature in (("eval/accuracy", samples, 1.0), ("eval/greedy_accuracy", 1, 0.0)):
-            trees = sample_trees(model, prompts, [width], [budget], decoding._replace(temperature=temperature))
-            leaves, _ = grade(trees, questions, tokenizer)
-            accuracy[name] = fmean(leaf.reward for leaf in leaves)
+        for name, width, how in (
+            ("eval/accuracy", samples, decoding),
+            ("eval/greedy_accuracy", 1, greedy),
+        ):
+            trees = sample_trees(model, prompts, [width], [budget], how)
+            leaves, _ = verify_leaves(trees, answers, tokenizer)
+            accuracy[name] = fmean([leaf.reward for leaf in leaves])
     return accuracy
 
-# ------------------------------------------------------------------------------------------ model, checkpoint and log
-def from_pretrained(kind, name, **options):
-    """kind.from_pretrained(name) for a folder, hub or cache. Raises BadInput."""
-    try:
-        os.path.isdir(name) or use_hub_or_cache()
-        return kind.from_pretrained(name, **options)
-    except Exception as e:  # a dozen unrelated types say that a file is missing, torn or of another model
-        raise BadInput(f"--model {name}: cannot load it ({e!s:.300}); give a folder with config, weights, tokenizer, "
-                       "or a hub id that is reachable or in the local cache") from e
 
-def load_model(name, device="auto", dtype="auto", grad_checkpointing=False):
-    """-> (model to train, model to sample from, tokenizer); mixed: the second is a bf16 copy. Raises BadInput."""
-    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    tokenizer = from_pretrained(AutoTokenizer, name)
-    load = lambda dtype: from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa").to(device)
-    model = sampler = load(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    require(tokenizer.encode("1"), f"--model {name}: its tokenizer knows no words; is tokenizer.json missing?")
-    require(tokenizer.eos_token_id is not None, f"--model {name}: no EOS; set eos_token in its tokenizer_config.json")
-    kinds = {model.config.model_type, *(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
-    require(kinds < {"qwen2", "qwen3", "llama"}, f"--model {name}: {', '.join(sorted(kinds))} is not supported, only "
-            "qwen2, qwen3 and llama models with full attention in every layer are tested")
-    if dtype == "mixed" or dtype == "auto" and device == "cuda":
-        sampler = load(torch.bfloat16)  # rotary frequencies stay float32
-    if grad_checkpointing:  # renamed in transformers 5.23
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    return model, sampler, tokenizer
+# --------------------------------------------------------------------- Checkpoints and logs
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [path for path in Path(out).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
-def make_decoding(model, tokenizer, temperature, max_rows):
-    """Stop at the EOS ids of model, generation config and tokenizer, and at the end of a chat turn."""
-    vocabulary = tokenizer.get_vocab()
-    stops = [model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id]
-    stops = sum((eos if isinstance(eos, list) else [eos] for eos in stops), [vocabulary.get("<|im_end|>")])
-    n_tokens = min(max(vocabulary.values()) + 1, model.config.vocab_size)
-    return Decoding(tuple(sorted({*stops} - {None})), n_tokens, temperature, max_rows)
 
-def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def newest_checkpoint(out: Path) -> Path | None:
+    found = checkpoints(out)
+    return found[-1] if found else None
 
-def tree_rows(trees, batch, step, tokenizer):
-    """Every node as a dict for --dump-trees; ids count through the step, a root's tokens are the prompt."""
-    nodes = [(tree, batch[root.question], node) for tree, root in enumerate(trees) for node in root.walk()]
-    ids, names = {node: i for i, (*_, node) in enumerate(nodes)}, "depth tokens done reward advantage trained".split()
-    return [dict(step=step, question_id=q["id"], answer=q["answer"], tree=tree, id=i, parent=ids.get(node.parent),
-                 text=step_text(node, tokenizer), **{name: getattr(node, name) for name in names})
-            for i, (tree, q, node) in enumerate(nodes)]
 
-def checkpoints(out):
-    """Checkpoint folders of a run, oldest first."""
-    return sorted((p for p in Path(out).glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+def save_checkpoint(
+    out: Path,
+    model: torch.nn.Module,
+    tokenizer: object,
+    optimizer: torch.optim.Optimizer,
+    eos_ids: Sequence[int],
+    last: dict,
+    keep: int,
+) -> Path:
+    """OUT/checkpoint-STEP: a plain Hugging Face folder and trainer_state.pt.
 
-def manifest(folder):
-    """Name and size of every file, to know a damaged checkpoint by."""
-    return {f"{p.stat().st_size} {p.name}" for p in folder.iterdir() if p.name != "manifest.txt"}
-
-def newest_checkpoint(out):
-    """The newest whole checkpoint folder of a run, None if there is none; damaged ones are named."""
-    for folder in reversed(checkpoints(out)):
-        saved = folder / "manifest.txt"
-        if saved.exists() and {*saved.read_text("utf-8", "replace").split("\n")} <= manifest(folder):
-            return folder
-        print(f"{folder} is damaged: a file is missing or has another size than when it was saved", file=sys.stderr)
-
-def save_checkpoint(out, model, tokenizer, optimizer, last, keep):
-    """OUT/checkpoint-STEP: a plain Hugging Face folder plus trainer_state.pt, written aside and then renamed, so that a
-    kill or a full disk leaves the earlier ones whole. last: the newest metrics, with the step. Raises OSError."""
-    final, aside = Path(out) / f"checkpoint-{last['step']}", Path(out) / "checkpoint.tmp"
-    for folder in (aside, final):  # left by a kill; damaged
-        shutil.rmtree(folder, ignore_errors=True)
-    rng = dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+    It is written aside and then renamed: whatever kills the program, a folder of that name is
+    whole and the earlier ones are untouched. `last` holds the step and its metrics. Raises OSError.
+    """
+    final = Path(out) / f"checkpoint-{last['step']}"
+    aside = Path(out) / "checkpoint.tmp"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a kill
+    model.generation_config.eos_token_id = list(eos_ids)  # where training stopped
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "last": last,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all(),
+    }
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        torch.save(dict(optimizer=optimizer.state_dict(), last=last, **rng), aside / "trainer_state.pt")
-        (aside / "manifest.txt").write_text("\n".join(sorted(manifest(aside))))
+        torch.save(state, aside / "trainer_state.pt")
         aside.rename(final)
-    except Exception as e:  # torch and safetensors have types of their own for a full disk
+    except Exception as error:  # torch and safetensors have types of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"cannot write {final}: {e}. Earlier checkpoints are intact") from e
-    for old in [p for p in checkpoints(out) if int(p.name[11:]) <= last["step"]][:-keep]:  # later ones: damaged
-        shutil.rmtree(old.rename(aside))  # renamed first: no half-deleted folder looks like a checkpoint
+        raise OSError(f"cannot write {final}: {error}. Earlier checkpoints are whole") from error
+    for old in checkpoints(out)[:-keep]:
+        old.rename(aside)  # no half-deleted folder looks like a checkpoint
+        shutil.rmtree(aside)
+    return final
 
-# --------------------------------------------------------------------------------------------------------------- main
-ALGOS = dict(grpo={}, gspo=dict(ratio="sequence", clip_eps=4e-4), treeadv=dict(branch_at="entropy", advantage="leaves"))
-# What a resumed run may change: it decides what fits and what is shown, not what is learned.
-MAY_CHANGE = "steps max_rows pack_len grad_checkpointing save_every keep print_tree resume".split()
-SHOWN = "step reward eval/accuracy tok_per_s eval/greedy_accuracy completions/mean_length skipped".split()  # on screen
 
-def parse_args(argv):
-    """Command line -> namespace of all flags: those given, else those of the resumed run, else the table's defaults."""
-    parser = argparse.ArgumentParser(None, "treerpo.py [flags]", __doc__, formatter_class=argparse.RawTextHelpFormatter)
-    hub, demo = {}, {}
-    for flag, kind, default, own in re.findall(r"^  (--\S+) +(\S+) +(\S+) +(\S+)", __doc__, re.M):
-        read, many = dict(int=int, ints=int, float=float).get(kind, str), kind == "ints"
-        how = dict(type=read, nargs="+" if many else None, choices=kind.split("|") if "|" in kind else None)
-        how = how if kind != "flag" else dict(action="store_true")
-        name = parser.add_argument(flag, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **how).dest
-        for table, text in (hub, default), (demo, default if own == "=" else own.replace("demo/", f"{HERE}/demo/")):
-            table[name] = None if text == "-" else [*map(read, text.split(","))] if many else read(text)
-    given = vars(parser.parse_args(argv))
-    args, algo = hub if "model" in given else demo, given.get("algo", "treerpo")
-    args |= ALGOS.get(algo, {})
-    if algo != "treerpo" or given.get("branch_at") == "entropy" or len(given.get("branching", "12")) == 1:
-        args |= dict(branching=[args["leaves"]], step_len=[args["step_len"][0] * len(args["branching"])])  # one level
-    args |= dict(eval_data=None) if "data" in given else {}
-    if "resume" in given:
-        try:
-            saved = json.loads(Path(given["resume"], "config.json").read_bytes())
-            args = {name: saved[name] for name in hub} | {"out": given["resume"]}
-        except (OSError, ValueError, LookupError, TypeError) as e:
-            raise BadInput(f"--resume {given['resume']}: no run's output folder ({e!r:.90}); give an --out") from e
-        other = [name for name in given if given[name] != args[name] and name not in MAY_CHANGE]
-        other += ["steps"] if given.get("steps", math.inf) < args["steps"] else []
-        require(not other, f"--resume: that run has another --{' --'.join(other).replace('_', '-')}; leave it out")
-    args = argparse.Namespace(**args | given)
-    one_level = args.algo in ("grpo", "gspo") or args.branch_at == "entropy"
-    require(not one_level or len(args.branching) == 1, "--branching: grpo, gspo and entropy branching take one number")
-    require(len(args.step_len) in (1, len(args.branching)), "--step-len: give one number, or one for each --branching")
-    require(args.trees <= args.leaves, "--trees must be at most --leaves")
-    require(0 <= args.min_group_std < math.inf, "--min-group-std must be 0 or more")
-    for name, value in vars(args).items():
-        numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) in (int, float)]
-        fine = name in ("seed", "min_group_std") or all(0 < n < math.inf for n in numbers)
-        require(fine, f"--{name.replace('_', '-')}: {value} must be above zero")
-    require(abs(args.seed) < 2**63, f"--seed {args.seed} has more than 63 bits")
-    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA GPU; use --device cpu")
-    return args
-
-def open_run(args):
-    """-> (output folder, its newest checkpoint if resumed). Raises BadInput if it is taken or cannot be written."""
-    out = Path(args.out or f"runs/{args.algo}-{time.strftime('%Y%m%d-%H%M%S')}")
-    require(args.resume or not (out / "config.json").exists(), f"--out {out}: it holds a run; continue it by --resume")
+def load_trainer_state(folder: Path) -> dict:
+    """Raises BadInput."""
     try:
-        out.mkdir(parents=True, exist_ok=bool(args.out))  # of two runs begun in one second the later one is refused
-        (out / "config.tmp").write_text(json.dumps({**vars(args), "out": str(out), "resume": None}, indent=1))
-        open(args.dump_trees or os.devnull, "a").close()
-    except OSError as e:
-        raise BadInput(f"--out or --dump-trees: cannot write there ({e})") from e
-    resumed = newest_checkpoint(out) if args.resume else None
-    require(resumed or not checkpoints(out), f"--resume {out}: no whole checkpoint is left; start in another --out")
-    return out, resumed
+        return torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
+    except Exception as error:  # missing, torn, or no such file
+        raise BadInput(
+            f"--resume: {folder} is damaged ({error!s:.200}); delete that folder, and --resume "
+            "takes the one before"
+        ) from error
 
-def batch_of(questions, step, size, seed):
-    """The questions of this step. Each epoch has its own order, from the seed alone: a resumed run needs no state."""
-    n, places = len(questions), range((step - 1) * size, step * size)
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in places}}
-    return [questions[orders[k // n][k % n]] for k in places]
 
-def train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, args):
-    """The algorithm of the module docstring on one batch of questions -> (metrics, trees)."""
-    start, prompts, signals = time.perf_counter(), [q["prompt"] for q in batch], []
-    if args.branch_at == "fixed":                                                                         # 1. grow
-        trees = sample_trees(sampler, prompts, args.branching, step_lens, decoding)
-    else:
-        trees = sample_forests(sampler, prompts, args.leaves, args.trees, *step_lens, args.entropy_threshold, decoding)
-    grown = time.perf_counter()
-    leaves, texts = grade(trees, batch, tokenizer)                                                        # 2. verify
-    verified = time.perf_counter()
-    reward = fmean(map(backup_rewards, trees))                                                            # 3. back up
-    for question in range(len(batch)):                                                                    # 4. compare
-        forest = [root for root in trees if root.question == question]
-        for add_advantages in ADVANTAGES[args.advantage]:
-            signals += add_advantages(forest, args.normalizer, args.min_group_std)
-    nodes = [node for root in trees for node in root.walk() if node.parent]
-    weights = unit_weights(nodes, args.level_weight, args.ratio)
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=sampler is not model)
-    update = update_policy(model, optimizer, trees, weights, decoding, autocast, args.pack_len, args.clip_eps,
-                           args.ratio, args.updates_per_batch)                                            # 5. update
-    sampler.load_state_dict(model.state_dict())  # a bf16 copy follows the trained weights, rounded
-    end, tokens = time.perf_counter(), sum(len(node.tokens) for node in nodes)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"reward": reward, "frac_reward_zero_std": 1 - fmean(signals), "tokens_sampled": tokens,
-            "completions/mean_length": fmean(sum(len(n.tokens) for n in leaf.path()[1:]) for leaf in leaves),
-            "completions/clipped_ratio": fmean(not leaf.done for leaf in leaves),
-            "no_answer_ratio": fmean(extract_boxed(text) is None for text in texts),
-            "entropy": fmean(h for node in nodes for h in node.entropies), "tok_per_s": tokens / (end - start),
-            "time_sample": grown - start, "time_score": verified - grown, "time_update": end - verified,
-            "peak_mem_gb": (torch.cuda.max_memory_allocated() or resident) / 1e9, **update}, trees
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
-def train(args):
-    """A whole run: load, then step by step train, evaluate, log and save. -> exit status."""
-    columns, _ = (args.question_column, args.answer_column), from_pretrained(AutoTokenizer, args.model)  # fails early
-    questions = load_questions(args.data, *columns)
-    held_out = load_questions(args.eval_data, *columns) if args.eval_data else questions[::5]
-    questions = questions if args.eval_data else [q for i, q in enumerate(questions) if i % 5] or questions
-    out, resumed = open_run(args)
-    model, sampler, tokenizer = load_model(str(resumed or args.model), args.device, args.dtype, args.grad_checkpointing)
-    decoding = make_decoding(model, tokenizer, args.temperature, args.max_rows)
-    step_lens = (args.step_len * len(args.branching))[:len(args.branching)]
-    fit = load_template(args.template, tokenizer), tokenizer, sum(step_lens), model.config.max_position_embeddings
-    questions = fit_context(questions, args.data, *fit)
-    held_out = fit_context(held_out[:args.eval_questions], "held-out questions", *fit)
-    fused = model.device.type == "cuda"  # no second copy of the weights while it steps
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-    torch.manual_seed(args.seed)
-    logs = [out / "metrics.jsonl", *filter(None, [args.dump_trees])]
-    last = dict(step=-1, tokens_sampled=0, skipped=0, log_sizes=[0, 0])  # the newest metrics
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and half a line, that a kill left behind the checkpoint."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    for line in Path(path).read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    aside = Path(f"{path}.tmp")
+    aside.write_bytes(b"".join(kept))
+    aside.replace(path)
+
+
+def step_text(node: Node, tokenizer: object) -> str:
+    """A step's own piece of text. The pieces of a path make up the text that is verified."""
+    if node.parent is None:
+        return ""
+    before = answer_text(node.parent, tokenizer)
+    return answer_text(node, tokenizer)[len(before):]
+
+
+def tree_rows(trees: list[Node], batch: list[dict], step: int, tokenizer: object) -> list[dict]:
+    """Every node as a line of --dump-trees; ids count through the step."""
+    rows = []
+    number = {}
+    for tree, root in enumerate(trees):
+        question = batch[root.question]
+        for node in root.walk():
+            number[node] = len(rows)
+            row = {
+                "step": step,
+                "question_id": question["id"],
+                "answer": question["answer"],
+                "tree": tree,
+                "id": number[node],
+                "parent": number.get(node.parent),
+                "text": step_text(node, tokenizer),
+                "depth": len(node.path()) - 1,
+                "tokens": node.tokens,
+                "done": node.done,
+                "reward": node.reward,
+                "advantage": node.advantage,
+                "trained": node.trained,
+            }
+            if node.parent is None:
+                row["question"] = question["question"]
+            rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------ The screen
+class Status:
+    """The bar at the bottom: training steps done, and what is going on in this one."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+        self.name = ""
+        self.count = 0
+        self.shown = 0.0
+
+    def phase(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self.show()
+
+    def tokens(self, n: int) -> None:
+        self.count += n
+        if time.monotonic() - self.shown > 0.5:
+            self.show()
+
+    def show(self) -> None:
+        self.shown = time.monotonic()
+        self.bar.set_postfix_str(f"{self.name} {self.count:,} tokens" if self.count else self.name)
+
+
+def share(value: float | None) -> str:
+    """.412 and 1.000, always five characters wide."""
+    if value is None:
+        return "     "
+    return f"{value:.3f}".removeprefix("0").rjust(5)
+
+
+def step_line(row: dict, steps: int) -> str:
+    """What matters of a row of metrics.jsonl; behind it only what is not as usual."""
+    step = f"{row['step']}".rjust(len(str(steps)))
+    text = f"step {step}/{steps}"
+    if "reward" in row:
+        text += f"  reward {share(row['reward'])}"
+        text += f"  kept {100 * row['groups_kept']:3.0f} % of groups"
+        text += f"  {row['tok_per_s'] / 1000:5.1f}k tok/s  {row['peak_mem_gb']:5.1f} GB"
+    if "eval/accuracy" in row:
+        text += f"  held-out {share(row['eval/accuracy'])}"
+        text += f"  greedy {share(row['eval/greedy_accuracy'])}"
+    if row.get("completions/clipped_ratio", 0) > 0.2:
+        text += f"  {100 * row['completions/clipped_ratio']:.0f} % truncated"
+    if row.get("skipped"):
+        text += "  SKIPPED: loss or gradient not finite"
+    return text
+
+
+def printable(text: str) -> str:
+    """Control characters escaped, so that a terminal obeys none of them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def render_tree(
+    root: Node,
+    question: dict,
+    tokenizer: object,
+    colour: bool = False,
+    width: int = 100,
+    height: int = 40,
+) -> str:
+    """A tree as at most `height` lines of text of at most `width` characters."""
+    lines = [
+        f"question: {printable(question['question'])}"[:width],
+        f"answer: {printable(str(question['answer']))}"[:width],
+        "reward, advantage (- pruned), text of each step; indented below the step it continues",
+    ]
+    for node in root.steps():
+        depth = len(node.path()) - 1
+        advantage = f"{node.advantage:+6.2f}" if node.trained else "     -"
+        line = f"{'  ' * depth}{node.reward:.2f} {advantage} | {printable(step_text(node, tokenizer))}"
+        line = line[:width]
+        if colour and node.trained and node.advantage != 0:
+            code = 32 if node.advantage > 0 else 31
+            line = f"\033[{code}m{line}\033[0m"
+        lines.append(line)
+    if len(lines) > height:
+        hidden = len(lines) - height + 1
+        lines = lines[:height - 1]
+        lines.append(f"... {hidden} more steps; --dump-trees FILE writes all of them")
+    return "\n".join(lines)
+
+
+def print_tree(root: Node, question: dict, tokenizer: object) -> None:
+    screen = shutil.get_terminal_size((100, 40))
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    text = render_tree(root, question, tokenizer, colour, screen.columns, screen.lines - 4)
+    tqdm.write(text)
+
+
+# ---------------------------------------------------------------------------- The training loop
+class CtrlC:
+    """The first Ctrl-C ends the run after its step, the second one at once."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        signal.signal(signal.SIGINT, self.press)
+
+    def press(self, number: int, frame: object) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def open_run(settings: Settings) -> tuple[Path, object]:
+    """-> the output folder and its lock, to be kept as long as the run. Raises BadInput."""
+    name = settings.out or f"runs/{settings.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(settings.resume or name).absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, also after a kill
+    except BlockingIOError as error:
+        raise BadInput(f"{out}: another process is using this folder") from error
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot write there ({error})") from error
+    taken = (out / "config.json").exists()
+    require(
+        settings.resume or not taken, f"--out {out}: it holds a run; continue it by --resume {out}"
+    )
+    if settings.dump_trees:
+        try:
+            open(settings.dump_trees, "a").close()
+        except OSError as error:
+            raise BadInput(f"--dump-trees: cannot write there ({error})") from error
+    return out, lock
+
+
+def batch_of(questions: list[dict], step: int, size: int, seed: int) -> list[dict]:
+    """The questions of a step. Every epoch has its own order, made from the seed alone, so that a
+    resumed run needs no state for it."""
+    batch = []
+    for place in range((step - 1) * size, step * size):
+        epoch, k = divmod(place, len(questions))
+        order = random.Random(f"{seed} {epoch}").sample(range(len(questions)), len(questions))
+        batch.append(questions[order[k]])
+    return batch
+
+
+@dataclass
+class Run:
+    """All that the loop works on."""
+    out: Path
+    lock: object
+    questions: list[dict]
+    held_out: list[dict]
+    model: torch.nn.Module                  # trained
+    sampler: torch.nn.Module                # the same, or its bf16 copy
+    reference: torch.nn.Module | None       # the initial model, frozen
+    tokenizer: object
+    decoding: Decoding
+    optimizer: torch.optim.Optimizer
+    last: dict                              # the newest metrics
+
+
+def load_data(settings: Settings) -> tuple[list[dict], list[dict]]:
+    """-> training and held-out questions, without their prompts. Raises BadInput."""
+    columns = settings.question_column, settings.answer_column
+    questions = load_questions(settings.data, *columns)
+    if settings.eval_data is not None:
+        return questions, load_questions(settings.eval_data, *columns)
+    held_out = questions[::5]
+    training = [question for k, question in enumerate(questions) if k % 5 != 0]
+    return training or questions, held_out
+
+
+def set_up(settings: Settings) -> Run:
+    """Load everything; what cannot work is refused before anything slow. Raises BadInput."""
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    tokenizer = load_tokenizer(settings.model)
+    config = load_config(settings.model)
+    template = load_template(settings.template, tokenizer, config.vocab_size)
+    step_lens = per_level(settings.step_len, settings.branching)
+    budget = sum(step_lens)
+    questions, held_out = load_data(settings)
+    limits = (
+        template, tokenizer, settings.max_prompt_len, budget, config.max_position_embeddings,
+        config.vocab_size,
+    )
+    questions = fit_prompts(questions, "training", *limits)
+    held_out = fit_prompts(held_out[:settings.eval_questions], "held out", *limits)
+    longest = max(len(question["prompt"]) for question in [*questions, *held_out])
+    length = longest + budget
+
+    out, lock = open_run(settings)
+    with_reference = settings.kl_coef > 0
+    check_resources(
+        config, device, dtype, with_reference, settings.max_rows, length, out, settings.keep
+    )
+    resumed = newest_checkpoint(out)
+    weights = str(resumed or settings.model)
+    print(f"loading {weights} on {device} in {dtype}", flush=True)
+    half = torch.bfloat16
+    model = load_model(weights, device, half if dtype == "bfloat16" else torch.float32)
+    sampler = load_model(weights, device, half) if dtype == "mixed" else model
+    reference = None
+    if with_reference:
+        reference = load_model(settings.model, device, torch.float32 if dtype == "float32" else half)
+        reference.eval().requires_grad_(False)
+    if settings.grad_checkpointing:  # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable()
+    decoding = make_decoding(model, tokenizer, settings.temperature, settings.max_rows)
+    decoding = add_workspace(sampler, decoding, length, settings.compile)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        fused=device == "cuda",  # without a second copy of the weights
+    )
+    torch.manual_seed(settings.seed)
+    last = {"step": -1, "tokens_sampled": 0, "skipped": 0}
     if resumed:
-        state = torch.load(resumed / "trainer_state.pt", weights_only=True, map_location="cpu")
+        state = load_trainer_state(resumed)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
         last = state["last"]
-    for path, size in zip(logs, last["log_sizes"]):  # a kill may have left lines of later steps, or half a line
-        with open(path, "ab") as file:
-            file.truncate(min(size, file.tell()))
-    (out / "config.tmp").rename(out / "config.json")
+    cut_log(out / "metrics.jsonl", last["step"])
+    if settings.dump_trees:
+        cut_log(Path(settings.dump_trees), last["step"])
+    write_config(out, settings)
+    return Run(
+        out, lock, questions, held_out, model, sampler, reference, tokenizer, decoding, optimizer,
+        last,
+    )
 
-    stops = []  # the first Ctrl-C ends the run after this step, the second one at once
-    signal.signal(signal.SIGINT, lambda number, _: stops.append(signal.signal(number, signal.default_int_handler)))
-    print(f"{out}: {max(0, last['step'])} steps done; Ctrl-C finishes a step and saves, Ctrl-C twice stops at once")
-    for step in (bar := tqdm(range(last["step"] + 1, args.steps + 1), desc=args.algo)):
-        row = {"step": step}
-        if step:  # step 0 is the evaluation before training
-            batch = batch_of(questions, step, args.questions_per_step, args.seed)
-            optimizer.param_groups[0]["lr"] = row["lr"] = args.lr * min(1.0, step / 5)
-            metrics, trees = train_step(model, sampler, tokenizer, optimizer, batch, decoding, step_lens, args)
-            row |= metrics | dict(skipped=(last["skipped"] + 1) * metrics["skipped"], questions_seen=step * len(batch),
-                                  tokens_sampled=last["tokens_sampled"] + metrics["tokens_sampled"])
-            row |= dict(skipped_questions=[q["id"] for q in batch]) if row["skipped"] else {}
-            if args.dump_trees:
-                append_jsonl(args.dump_trees, tree_rows(trees, batch, step, tokenizer))
-            if args.print_tree:
-                tqdm.write(render_tree(trees[0], tokenizer))
-        if step % args.eval_every == 0 or step == args.steps:
-            row |= evaluate(sampler, tokenizer, held_out, args.eval_samples, sum(step_lens), decoding, args.seed)
-        append_jsonl(logs[0], [row])
-        last |= row | dict(log_sizes=[os.path.getsize(path) for path in logs])
-        tqdm.write(", ".join(f"{name} {round(row[name], 3):,}" for name in SHOWN if name in row))
-        bar.set_postfix({name: last[name] for name in SHOWN[1:4] if name in last})
-        if step and (step % args.save_every == 0 or step == args.steps or stops or last["skipped"] >= 3):
-            save_checkpoint(out, model, tokenizer, optimizer, last, args.keep)
-        if last["skipped"] >= 3:
-            raise FloatingPointError(f"three steps in a row were not finite; {out}/checkpoint-{step} has the weights "
-                                     "before them: start from it in a new --out, with a lower --lr")
-        if stops:
-            print(f"stopped after step {step}; continue with: python treerpo.py --resume {out}")
-            return 130
+
+def run_step(run: Run, step: int, settings: Settings, status: Status) -> dict:
+    """Train on one batch -> its row of metrics.jsonl, without an evaluation."""
+    batch = batch_of(run.questions, step, settings.questions_per_step, settings.seed)
+    metrics, trees = train_step(
+        run.model, run.sampler, run.reference, run.optimizer, run.tokenizer, batch, run.decoding,
+        settings, status,
+    )
+    row = {"step": step, "lr": settings.lr, **metrics}
+    row["skipped"] = run.last["skipped"] + 1 if metrics["skipped"] else 0
+    row["questions_seen"] = step * len(batch)
+    row["tokens_sampled"] = run.last["tokens_sampled"] + metrics["tokens_sampled"]
+    if row["skipped"]:
+        row["skipped_questions"] = [question["id"] for question in batch]
+    if settings.dump_trees:
+        append_jsonl(settings.dump_trees, tree_rows(trees, batch, step, run.tokenizer))
+    if settings.print_tree and step % settings.print_tree == 0:
+        print_tree(trees[0], batch[trees[0].question], run.tokenizer)
+    return row
+
+
+def evaluate_run(run: Run, settings: Settings, status: Status) -> dict[str, float]:
+    status.phase("evaluating")
+    decoding = dataclasses.replace(run.decoding, progress=status.tokens)
+    budget = sum(per_level(settings.step_len, settings.branching))
+    return evaluate(
+        run.sampler, run.tokenizer, run.held_out, settings.eval_samples, budget, decoding,
+        settings.seed,
+    )
+
+
+def log(run: Run, row: dict, steps: int) -> None:
+    append_jsonl(run.out / "metrics.jsonl", [row])
+    run.last.update(row)
+    tqdm.write(step_line(row, steps))
+
+
+def train(settings: Settings) -> int:
+    """A whole run: set up, then step by step train, evaluate, log and save -> exit status."""
+    run = set_up(settings)
+    ctrl_c = CtrlC()
+    print(f"output: {run.out}; Ctrl-C finishes a step and saves, Ctrl-C twice stops at once")
+    if run.last["step"] < 0:  # the evaluation before training
+        with tqdm(desc="before training", bar_format="{desc} {postfix}", leave=False) as bar:
+            row = {"step": 0, **evaluate_run(run, settings, Status(bar))}
+        log(run, row, settings.steps)
+    first = run.last["step"] + 1
+    with tqdm(
+        total=settings.steps, initial=first - 1, desc=settings.algo, smoothing=0.0, leave=False
+    ) as bar:
+        status = Status(bar)
+        for step in range(first, settings.steps + 1):
+            row = run_step(run, step, settings, status)
+            ending = step == settings.steps or ctrl_c.pressed or row["skipped"] >= 3
+            if step % settings.eval_every == 0 or step == settings.steps:
+                row.update(evaluate_run(run, settings, status))
+            log(run, row, settings.steps)
+            bar.update()
+            if step % settings.save_every == 0 or ending:
+                status.phase("saving")
+                save_checkpoint(
+                    run.out, run.model, run.tokenizer, run.optimizer, run.decoding.eos_ids,
+                    run.last, settings.keep,
+                )
+            if row["skipped"] >= 3:
+                raise FloatingPointError(
+                    f"three steps in a row were not finite; {run.out}/checkpoint-{step} has the "
+                    "weights before them: start from it in a new --out, with a lower --lr"
+                )
+            if ctrl_c.pressed and step < settings.steps:
+                tqdm.write(f"stopped; continue with: python treerpo.py --resume {run.out}")
+                return 130
+    print(closing_lines(run.out, settings.model))
     return 0
 
-def main(argv=None):
+
+def closing_lines(out: Path, base: str) -> str:
+    """What came out, where it is, and what to type next."""
+    rows = read_jsonl(out / "metrics.jsonl")
+    first = rows[0]
+    last = rows[-1]
+    checkpoint = newest_checkpoint(out)
+    return "\n".join(
+        [
+            f"held-out {share(first['eval/accuracy'])} at step 0, "
+            f"{share(last['eval/accuracy'])} at step {last['step']}; greedy "
+            f"{share(first['eval/greedy_accuracy'])} and {share(last['eval/greedy_accuracy'])}",
+            f"model: {checkpoint}",
+            f"next: python eval.py --model {base} {out}",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------- Command line
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Dashed names only, lists without brackets, at most 100 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "_" not in name]
+        if action.choices:
+            return f"{names[-1]} {'|'.join(action.choices)}"
+        return names[-1]
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is argparse.SUPPRESS:
+            return action.help
+        default = action.default
+        if isinstance(default, list):
+            default = " ".join(str(number) for number in default)
+        return f"{action.help} (default: {default})"
+
+
+def describe(preset: dict) -> str:
+    """{"step_len": [14]} -> --step-len 14"""
+    words = []
+    for name, value in preset.items():
+        numbers = value if isinstance(value, list) else [value]
+        words.append(f"--{name.replace('_', '-')} {' '.join(str(n) for n in numbers)}")
+    return " ".join(words)
+
+
+def make_parser() -> HfArgumentParser:
+    shown = {name: value for name, value in DEMO.items() if not str(value).startswith(str(HERE))}
+    presets = [
+        f"Without --model: the bundled model and data with {describe(shown)}",
+        f"--algo grpo: {describe(ALGORITHMS['grpo'])}",
+        f"--algo gspo: {describe(ALGORITHMS['gspo'])} --clip-eps {SEQUENCE_CLIP_EPS}",
+        "--algo treeadv: as grpo, with --leaves and --trees instead of --branching",
+        "Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.",
+    ]
+    description, _, _ = __doc__.partition("\n\n")
+    return HfArgumentParser(
+        GROUPS,
+        prog="treerpo.py",
+        usage="python treerpo.py [flags]",
+        description=description,
+        epilog="\n".join(presets),
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def read_flags(argv: list[str] | None) -> dict:
+    """The flags that were given, and no others."""
+    not_given = object()
+    names = [entry.name for entry in dataclasses.fields(Settings)]
+    blank = argparse.Namespace(**dict.fromkeys(names, not_given))
+    parsed = vars(make_parser().parse_args(argv, blank))
+    return {name: value for name, value in parsed.items() if value is not not_given}
+
+
+def complete_settings(given: dict) -> Settings:
+    """Defaults, then the demo's or the algorithm's preset, then the flags that were given."""
+    algo = given.get("algo", "treerpo")
+    preset = {}
+    if "model" not in given:
+        preset.update(DEMO)
+    preset.update(ALGORITHMS[algo])
+    if "model" not in given and algo != "treerpo":
+        preset.update(DEMO_WHOLE_ANSWERS)
+    if "data" in given:
+        preset["eval_data"] = None
+    if given.get("ratio", preset.get("ratio")) == "sequence":
+        preset["clip_eps"] = SEQUENCE_CLIP_EPS
+    return Settings(**{**preset, **given})
+
+
+# What a resumed run may change: what fits, what is shown and how long, not what is learned.
+MAY_CHANGE = [
+    "steps", "max_rows", "pack_len", "grad_checkpointing", "compile", "save_every", "keep",
+    "print_tree",
+]
+
+
+def dashed(names: list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def resume_settings(given: dict) -> Settings:
+    """The settings of the run in --resume, with what may change. Raises BadInput."""
+    folder = Path(given["resume"])
     try:
-        args = parse_args(argv)
-        return train(args)
-    except BadInput as e:
-        print(f"treerpo.py: error: {e}", file=sys.stderr)
+        saved = json.loads((folder / "config.json").read_bytes())
+        saved.update(resume=str(folder), out=str(folder))
+        settings = Settings(**saved)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"--resume {folder}: not the output folder of a run ({error!r:.90}); give a folder "
+            "with config.json in it"
+        ) from error
+    require(newest_checkpoint(folder), f"--resume {folder}: there is no checkpoint; start in another --out")
+    repeated = make_absolute(Settings(**{**saved, **given}))
+    changed = [name for name in given if getattr(repeated, name) != saved[name]]
+    fixed = [name for name in changed if name not in [*MAY_CHANGE, "resume"]]
+    require(
+        not fixed,
+        f"--resume: that run has another {dashed(fixed)}; leave it out. "
+        f"May change: {dashed(MAY_CHANGE)}",
+    )
+    require(
+        repeated.steps >= settings.steps,
+        f"--steps {repeated.steps}: that run has {settings.steps}; give as many or more",
+    )
+    return dataclasses.replace(settings, **{name: given[name] for name in changed})
+
+
+def make_absolute(settings: Settings) -> Settings:
+    """Paths as seen from everywhere, so that --resume works from another folder."""
+    changes = {}
+    for name in ("model", "data", "eval_data", "template"):
+        value = getattr(settings, name)
+        if value is not None and os.path.exists(value):
+            changes[name] = os.path.abspath(value)
+    for name in ("out", "resume", "dump_trees"):
+        value = getattr(settings, name)
+        if value is not None:
+            changes[name] = os.path.abspath(value)
+    return dataclasses.replace(settings, **changes)
+
+
+def write_config(out: Path, settings: Settings) -> None:
+    saved = dataclasses.asdict(settings)
+    saved.update(out=str(out), resume=None)
+    (out / "config.tmp").write_text(json.dumps(saved, indent=1) + "\n")
+    (out / "config.tmp").replace(out / "config.json")
+
+
+def per_level(step_len: list[int], branching: list[int]) -> list[int]:
+    """One number for all levels, or one for each -> one for each."""
+    if len(step_len) == 1:
+        return step_len * len(branching)
+    return step_len
+
+
+def check_effects(settings: Settings, given: dict) -> None:
+    """Refuse, by name, a flag that has no effect together with the others. Raises BadInput."""
+    algo = settings.algo
+    one_level = algo != "treerpo"
+    if algo == "treeadv":
+        require("branching" not in given, "--branching has no effect on treeadv; use --leaves")
+    else:
+        for name in ("leaves", "trees", "entropy_threshold"):
+            require(
+                name not in given,
+                f"{dashed([name])} has no effect on {algo}; use --algo treeadv, or --branching",
+            )
+    require(
+        not one_level or len(settings.branching) == 1,
+        f"--branching: {algo} samples whole answers; give one number, or use --algo treerpo",
+    )
+    require(
+        len(settings.step_len) in (1, len(settings.branching)),
+        "--step-len: give one number, or one for each number of --branching",
+    )
+    require(
+        (algo, settings.ratio) != ("gspo", "token"),
+        "--ratio token: gspo with ratios of tokens is grpo; use --algo grpo",
+    )
+    require(
+        (algo, settings.ratio) != ("grpo", "sequence"),
+        "--ratio sequence: grpo with ratios of sequences is gspo; use --algo gspo",
+    )
+    require(
+        settings.minibatches > 1 or "clip_eps" not in given,
+        "--clip-eps has no effect with --minibatches 1, where every ratio is 1",
+    )
+    require(
+        settings.trees <= settings.leaves,
+        f"--trees {settings.trees}: it must be at most --leaves, {settings.leaves}",
+    )
+    require(
+        settings.compile != "on" or settings.grad_checkpointing is False
+        or choose_dtype(settings.dtype, choose_device(settings.device)) == "mixed",
+        "--compile on with --grad-checkpointing needs --dtype mixed",
+    )
+
+
+def check_numbers(settings: Settings) -> None:
+    """Raises BadInput."""
+    may_be_zero = ("seed", "print_tree", "kl_coef", "entropy_coef", "prune_threshold",
+                   "entropy_threshold")
+    for entry in dataclasses.fields(Settings):
+        value = getattr(settings, entry.name)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) not in (int, float):
+                continue
+            least = 0 if entry.name in may_be_zero else 1e-9
+            require(
+                least <= number < math.inf or entry.name == "seed",
+                f"{dashed([entry.name])} {number}: it must be "
+                f"{'0 or more' if least == 0 else 'above 0'}",
+            )
+    require(
+        settings.prune_threshold < 1,
+        f"--prune-threshold {settings.prune_threshold}: rewards lie between 0 and 1, so from 1 on "
+        "every group is pruned; give less than 1",
+    )
+    require(abs(settings.seed) < 2**63, f"--seed {settings.seed} has more than 63 bits")
+
+
+def parse_settings(argv: list[str] | None) -> Settings:
+    """Raises BadInput; argparse exits with status 2 by itself."""
+    given = read_flags(argv)
+    if "resume" in given:
+        settings = resume_settings(given)
+        check_numbers(settings)
+        return settings
+    settings = make_absolute(complete_settings(given))
+    check_numbers(settings)
+    check_effects(settings, given)
+    return settings
+
+
+def escape_unprintable() -> None:
+    """A terminal that cannot show a character shows its number; the run goes on."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def main(argv: list[str] | None = None) -> int:
+    escape_unprintable()
+    try:
+        settings = parse_settings(argv)
+        return train(settings)
+    except BadInput as error:
+        print(f"treerpo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except (RuntimeError, MemoryError) as e:
-        if "memory" in f"{type(e).__name__} {e}".lower():
-            e.add_note(f"Out of memory: lower --max-rows (now {args.max_rows}) or --pack-len (now {args.pack_len}), or "
-                       "add --grad-checkpointing; then continue from the last checkpoint with --resume")
+    except (RuntimeError, MemoryError) as error:
+        if "memory" in f"{type(error).__name__} {error}".lower():
+            print(
+                f"treerpo.py: out of memory: lower --max-rows (now {settings.max_rows}) or "
+                f"--pack-len (now {settings.pack_len}), or add --grad-checkpointing; then "
+                "continue from the last checkpoint with --resume",
+                file=sys.stderr,
+            )
         raise
+
 
 if __name__ == "__main__":
     sys.exit(main())
