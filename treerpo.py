@@ -30,7 +30,9 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -40,6 +42,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import (
@@ -109,7 +112,9 @@ class TreeSettings:
 class LearningSettings:
     _argument_group_name = "learning (§3.2 to §3.4)"
     steps: int = flag(300, "training steps, one batch each [paper Table 1]")
-    prune_threshold: float = flag(0.1, "tau, Eq. 1-2: smallest spread of a kept group [paper §3.2]")
+    prune_threshold: float = flag(
+        0.1, "tau, Eq. 1-2: a group is kept if its rewards spread by more [paper §3.2]"
+    )
     normalizer: Literal["variance", "std", "none"] = flag(
         "variance", "divisor of the advantages: mu (1 - mu) of Eq. 4, Eq. 3, or 1 [paper §3.3]"
     )
@@ -126,7 +131,7 @@ class LearningSettings:
 class SpeedSettings:
     _argument_group_name = "memory and speed"
     max_rows: int = flag(512, "sequences of one generate call; bounds the KV cache [ours]")
-    pack_len: int = flag(8192, "tokens of one training forward; bounds the activations [ours]")
+    pack_len: int = flag(4096, "tokens of one training forward; bounds the activations [ours]")
     grad_checkpointing: bool = flag(False, "compute activations again in the backward pass [ours]")
     compile: Literal["auto", "on", "off"] = flag(
         "auto", "decode by CUDA graphs over one static KV cache; auto: on CUDA [ours]"
@@ -264,7 +269,9 @@ class Rows:
     kv: list[tuple[Tensor, Tensor]]         # keys, values [R, H_kv, T - 1, D] of every layer
 
 
-def prefill(model: torch.nn.Module, prompts: list[list[int]], pad_id: int, padding: int) -> Rows:
+def prefill(
+    model: torch.nn.Module, prompts: list[list[int]], pad_id: int, padding: int
+) -> Rows:
     """R prompts -> their rows, with at least `padding` columns of padding.
 
     The cache leaves out the last token, because `generate` feeds that one itself: given a cache
@@ -601,8 +608,9 @@ class PackedRow:
     ref_logps: Tensor | None = None         # [M], of the initial model
 
 
-def pack_row(pack: dict[Node, bool], device: torch.device) -> PackedRow:
-    """A pack -> its tensors."""
+def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False) -> PackedRow:
+    """A pack -> its tensors. padded: T is a power of two, so that compiled code sees few lengths;
+    the padding belongs to one more node, which no other token may look at."""
     nodes = list(pack)
     number = {node: k for k, node in enumerate(nodes)}
     leave = [k + 1 for k in range(len(nodes))]
@@ -633,6 +641,13 @@ def pack_row(pack: dict[Node, bool], device: torch.device) -> PackedRow:
             targets += node.tokens
             segments += [len(advantages)] * len(node.tokens)
             advantages.append(node.advantage)
+    if padded:
+        length = max(1024, 2 ** math.ceil(math.log2(len(ids))))
+        padding = length - len(ids)
+        ids += [0] * padding
+        positions += [0] * padding
+        owners += [len(nodes)] * padding
+        leave.append(len(nodes) + 1)
     return PackedRow(
         ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),
@@ -654,6 +669,20 @@ def ancestor_mask(enter: Tensor, leave: Tensor) -> Tensor:
     return related.tril()[None, None]
 
 
+def attention_mask(model: torch.nn.Module, row: PackedRow) -> Tensor | BlockMask:
+    """The ancestor mask as the model's attention function takes it: [T, T], or only the blocks of
+    it that are not empty (on a GPU, see compile_training)."""
+    if model.config._attn_implementation != "flex_attention":
+        return ancestor_mask(row.enter, row.leave)
+
+    def may_look(batch: Tensor, head: Tensor, at: Tensor, to: Tensor) -> Tensor:
+        related = (row.enter[to] <= row.enter[at]) & (row.enter[at] < row.leave[to])
+        return related & (to <= at)
+
+    length = len(row.enter)
+    return create_block_mask(may_look, None, None, length, length, device=row.enter.device)
+
+
 def token_logps(
     model: torch.nn.Module,
     row: PackedRow,
@@ -669,7 +698,7 @@ def token_logps(
     """
     hidden = model.get_decoder()(
         row.ids,
-        attention_mask=ancestor_mask(row.enter, row.leave),
+        attention_mask=attention_mask(model, row),
         position_ids=row.positions,
         use_cache=False,
     ).last_hidden_state[0, row.predictors]
@@ -809,8 +838,8 @@ def optimizer_step(
     return {
         "grad_norm": grad_norm.item() if finite else None,
         "clip_ratio": clipped / (batch_tokens if ratio == "token" else batch_steps),
-        "kl_sum": kl_sum,
-        "entropy_sum": entropy_sum,
+        "kl_sum": kl_sum if finite else 0.0,  # NaN would be no JSON
+        "entropy_sum": entropy_sum if finite else 0.0,
         "tokens": batch_tokens,
     }
 
@@ -838,10 +867,11 @@ def update_policy(
     """
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     model.train(checkpointing)  # it works in training mode only
+    padded = model.config._attn_implementation == "flex_attention"
     batches = []
     for part in split_by_question(trees, minibatches):
-        rows = [pack_row(pack, model.device) for pack in pack_nodes(part, pack_len)]
-        batches.append(rows)
+        packs = pack_nodes(part, pack_len)
+        batches.append([pack_row(pack, model.device, padded) for pack in packs])
     for number, rows in enumerate(batches):
         for row in rows:
             with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
@@ -871,6 +901,36 @@ def update_policy(
     }
 
 
+def grow_trees(
+    sampler: torch.nn.Module, prompts: list[list[int]], decoding: Decoding, settings: Settings
+) -> list[Node]:
+    step_lens = per_level(settings.step_len, settings.branching)
+    if settings.algo == "treeadv":
+        return sample_forests(
+            sampler, prompts, settings.leaves, settings.trees, step_lens[0],
+            settings.entropy_threshold, decoding,
+        )
+    return sample_trees(sampler, prompts, settings.branching, step_lens, decoding)
+
+
+def sample_metrics(
+    trees: list[Node], leaves: list[Node], texts: list[str], groups: list[list[float]], tau: float
+) -> dict[str, float]:
+    """What is logged of a batch's answers and groups, before the update."""
+    lengths = []
+    for leaf in leaves:
+        lengths.append(sum(len(step.tokens) for step in leaf.path()[1:]))
+    return {
+        "reward": fmean([root.reward for root in trees]),
+        "groups_kept": fmean([is_informative(group, tau) for group in groups]),
+        "frac_reward_zero_std": fmean([not is_informative(group, 0.0) for group in groups]),
+        "tokens_sampled": sum(len(node.tokens) for root in trees for node in root.steps()),
+        "completions/mean_length": fmean(lengths),
+        "completions/clipped_ratio": fmean([not leaf.done for leaf in leaves]),
+        "no_answer_ratio": fmean([extract_boxed(text) is None for text in texts]),
+    }
+
+
 def train_step(
     model: torch.nn.Module,
     sampler: torch.nn.Module,
@@ -885,37 +945,31 @@ def train_step(
     """The algorithm of the module docstring on one batch of questions -> (metrics, trees)."""
     prompts = [question["prompt"] for question in batch]
     answers = [question["answer"] for question in batch]
-    step_lens = per_level(settings.step_len, settings.branching)
+    tau = settings.prune_threshold
     start = time.perf_counter()
 
     # 1. Grow.
     status.phase("sampling")
-    decoding = dataclasses.replace(decoding, progress=status.tokens)
-    if settings.algo == "treeadv":
-        trees = sample_forests(
-            sampler, prompts, settings.leaves, settings.trees, step_lens[0],
-            settings.entropy_threshold, decoding,
-        )
-    else:
-        trees = sample_trees(sampler, prompts, settings.branching, step_lens, decoding)
+    trees = grow_trees(sampler, prompts, decoding, settings)
     sampled = time.perf_counter()
 
     # 2. Verify and back up.
     status.phase("verifying")
     leaves, texts = verify_leaves(trees, answers, tokenizer)
-    reward = fmean([backup_rewards(root) for root in trees])
+    for root in trees:
+        backup_rewards(root)
     verified = time.perf_counter()
 
     # 3. Prune and 4. compare.
     if settings.algo == "treeadv":
-        add_advantages = add_leaf_advantages
+        groups = add_leaf_advantages(trees, settings.normalizer, tau)
     else:
-        add_advantages = add_sibling_advantages
-    groups = add_advantages(trees, settings.normalizer, settings.prune_threshold)
+        groups = add_sibling_advantages(trees, settings.normalizer, tau)
+    metrics = sample_metrics(trees, leaves, texts, groups, tau)
 
     # 5. Update.
     status.phase("updating")
-    metrics = update_policy(
+    update = update_policy(
         model, reference, optimizer, trees, settings.minibatches, settings.pack_len,
         sampler is not model, settings.temperature, decoding.n_tokens, settings.ratio,
         settings.clip_eps, settings.kl_coef, settings.entropy_coef, status.tokens,
@@ -924,26 +978,14 @@ def train_step(
         sampler.load_state_dict(model.state_dict())  # the trained weights, rounded to bf16
     end = time.perf_counter()
 
-    steps = [node for root in trees for node in root.steps()]
-    tokens = sum(len(node.tokens) for node in steps)
-    lengths = [sum(len(node.tokens) for node in leaf.path()[1:]) for leaf in leaves]
-    kept = [is_informative(group, settings.prune_threshold) for group in groups]
-    equal = [not is_informative(group, 0.0) for group in groups]
-    return {
-        "reward": reward,
-        "groups_kept": fmean(kept),
-        "frac_reward_zero_std": fmean(equal),
-        "tokens_sampled": tokens,
-        "completions/mean_length": fmean(lengths),
-        "completions/clipped_ratio": fmean([not leaf.done for leaf in leaves]),
-        "no_answer_ratio": fmean([extract_boxed(text) is None for text in texts]),
-        "tok_per_s": tokens / (end - start),
+    times = {
+        "tok_per_s": metrics["tokens_sampled"] / (end - start),
         "time_sample": sampled - start,
         "time_score": verified - sampled,
         "time_update": end - verified,
         "peak_mem_gb": peak_memory_gb(),
-        **metrics,
-    }, trees
+    }
+    return {**metrics, **update, **times}, trees
 
 
 # ------------------------------------------------------- TreeAdv (2601.03703) and GSPO (2507.18071)
@@ -1061,7 +1103,7 @@ def add_leaf_advantages(
     return groups
 
 
-# ---------------------------------------------------------------- Sampling by CUDA graphs
+# ------------------------------------------------------------------------- Speed on a GPU
 # A GPU waits for the launches of a growing cache's many small kernels. Given a static cache,
 # `generate` compiles its decoding step by itself and replays it as a CUDA graph.
 def grouped_attention(
@@ -1094,6 +1136,14 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
     model.set_attn_implementation("grouped")
+
+
+def compile_training(model: torch.nn.Module) -> None:
+    """The update, 1.4 times faster: attention leaves out the blocks that the ancestor mask empties,
+    and each layer's small operations are fused."""
+    model.set_attn_implementation("flex_attention")
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 class Workspace:
@@ -1154,9 +1204,11 @@ class Workspace:
                 layer.dtype = layer.keys.dtype
                 layer.device = layer.keys.device
                 layer.is_initialized = True
-                for tensor in (layer.keys, layer.values, layer.cumulative_length):
-                    # Without it there is no CUDA graph, as the step writes to its inputs.
+                # Without a static address there is no CUDA graph, as the step writes to its inputs.
+                torch._dynamo.mark_static_address(layer.cumulative_length)
+                for tensor in (layer.keys, layer.values):
                     torch._dynamo.mark_static_address(tensor)
+                    torch._dynamo.mark_static(tensor, [1, 3])  # heads and width never change
             self.caches[batch, length] = cache
         return self.caches[batch, length]
 
@@ -1323,6 +1375,7 @@ QWEN_MATH = (  # the prompt of Qwen2.5-Math's own evaluation
     "<|im_start|>system\nPlease reason step by step, and put your final answer within "
     "\\boxed{}.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 )
+TEMPLATES = ("qwen-math", "none", "chat")
 TEXT_FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 QUESTION_COLUMNS = ["question", "problem", "prompt"]
 ANSWER_COLUMNS = ["answer", "final_answer", "reward_model.ground_truth", "solution"]
@@ -1333,12 +1386,14 @@ def chat_template(tokenizer: object) -> str:
     require(tokenizer.chat_template, "--template chat: this tokenizer has no chat template")
     turns = [{"role": "user", "content": "{question}"}]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the checkpoint's author
         raise BadInput(
             f"--template chat: the tokenizer's chat template fails ({error!s:.200}); "
             "give a text file with {question} in it"
         ) from error
+    require("{question}" in text, "--template chat: that chat template drops the question")
+    return text
 
 
 def load_template(name: str | None, tokenizer: object, vocab_size: int) -> str:
@@ -1475,8 +1530,8 @@ def load_questions(
     answer_column: str | None = None,
     skip_unanswered: bool = False,
 ) -> list[dict]:
-    """-> [{"id": row number from 0, "question": text, "answer": text, number or list of them, "row": all
-    columns}]. Raises BadInput."""
+    """-> a dict for each question: id, its row number from 0; question, a text; answer, a text, a
+    number or a list of them; row, all columns. Raises BadInput."""
     questions = []
     unreadable = []
     rows = read_rows(source)
@@ -1492,12 +1547,17 @@ def load_questions(
         if isinstance(answer, str):
             answer = answer.rsplit("####", 1)[-1].strip()  # GSM8K
         if not is_known(answer):
-            require(skip_unanswered, f"{place}: the answer must be text or a number, not {answer!r:.80}")
+            require(
+                skip_unanswered,
+                f"{place}: the answer must be text or a number, not {answer!r:.80}",
+            )
             continue
-        questions.append({"id": number, "question": question_text(cell, place), "answer": answer, "row": row})
+        text = question_text(cell, place)
+        questions.append({"id": number, "question": text, "answer": answer, "row": row})
         for gold in answer if isinstance(answer, list) else [answer]:
             gold = extract_boxed(str(gold)) or str(gold)
-            if not is_readable(gold):
+            words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", gold)  # no LaTeX commands
+            if len(words) > 2 or not is_readable(gold):
                 unreadable.append(f"row {number + 1}: {gold:.60}")
     require(questions, f"{source}: no question is in it")
     if len(questions) < len(rows):
@@ -1566,7 +1626,9 @@ def from_pretrained(kind: type, name: str, **options: object) -> object:
 def load_tokenizer(name: str) -> object:
     from transformers import AutoTokenizer
     tokenizer = from_pretrained(AutoTokenizer, name)
-    require(tokenizer.encode("1"), f"{name}: its tokenizer knows no words; is tokenizer.json missing?")
+    require(
+        tokenizer.encode("1"), f"{name}: its tokenizer knows no words; is tokenizer.json missing?"
+    )
     require(
         tokenizer.eos_token_id is not None,
         f"{name}: no end-of-sequence token; set eos_token in its tokenizer_config.json",
@@ -1592,9 +1654,12 @@ def load_model(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Raises BadInput."""
     from transformers import AutoModelForCausalLM
     load_config(name)
-    model = from_pretrained(
-        AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa"
+    model, loaded = from_pretrained(
+        AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa",
+        output_loading_info=True,
     )
+    missing = sorted(loaded["missing_keys"])
+    require(not missing, f"{name}: its files lack the weights {', '.join(missing[:3])}")
     small = model.num_parameters() < 10_000_000
     if device == "cpu" and small:
         torch.set_num_threads(1)  # more of them only wait for each other
@@ -1626,6 +1691,11 @@ def make_decoding(
     for named in (model.config.eos_token_id, model.generation_config.eos_token_id):
         stops |= set(named) if isinstance(named, list) else {named}
     eos_ids = sorted(stop for stop in stops if stop is not None and stop < n_tokens)
+    require(
+        eos_ids,
+        f"the model has no embedding for the end token {tokenizer.eos_token!r}; set another "
+        "eos_token in its tokenizer_config.json",
+    )
     return Decoding(tuple(eos_ids), n_tokens, temperature, max_rows)
 
 
@@ -1647,7 +1717,7 @@ def add_workspace(
     static = dataclasses.replace(decoding, workspace=workspace)
     original = model.config._attn_implementation
     use_grouped_attention(model)
-    print("compiling the decoding step, about half a minute", flush=True)
+    print("compiling the decoding step, which takes about two minutes", flush=True)
     start = time.perf_counter()
     try:
         sample_trees(model, [[decoding.eos_ids[0]]], [1], [4], static)
@@ -1673,49 +1743,66 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def count_weights(config: object) -> int:
+    """Without loading or allocating any."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def bytes_per_weight(dtype: str, with_reference: bool) -> int:
+    """Of weights, gradients and Adam's two moments, then the sampler's copy and the reference."""
+    if dtype == "bfloat16":
+        return 8 + 2 * with_reference
+    if dtype == "mixed":
+        return 16 + 2 + 2 * with_reference
+    return 16 + 4 * with_reference
+
+
+def cache_bytes_per_token(config: object, dtype: str) -> int:
+    """Of the keys and values of all layers."""
+    width = getattr(config, "head_dim", None)
+    width = width or config.hidden_size // config.num_attention_heads
+    size = 4 if dtype == "float32" else 2
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * size
+
+
+def memory_of(device: str) -> int:
+    """In bytes."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_resources(
-    config: object, device: str, dtype: str, with_reference: bool, max_rows: int, length: int,
-    folder: Path, keep: int,
+    config: object, device: str, dtype: str, length: int, folder: Path, settings: Settings
 ) -> None:
     """Say what memory and disk a run needs before its long work begins. Raises BadInput if the
     weights alone or the checkpoints cannot fit."""
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"):
-        n_weights = AutoModelForCausalLM.from_config(config).num_parameters()
-    # Bytes a weight: weights, gradients and Adam's two moments; sampler's copy; reference.
-    training = 8 if dtype == "bfloat16" else 16
-    sampler = 2 if dtype == "mixed" else 0
-    reference = 0
-    if with_reference:
-        reference = 4 if dtype == "float32" else 2
-    weights_gb = n_weights * (training + sampler + reference) / 1e9
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    value_bytes = 4 if dtype == "float32" else 2
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width * value_bytes
-    cache_gb = max_rows * length * token_bytes / 1e9
-    if device == "cuda":
-        memory_gb = torch.cuda.mem_get_info()[1] / 1e9
-    else:
-        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    checkpoint_gb = n_weights * training * 0.75 / 1e9  # gradients are not saved
-    disk_gb = (keep + 1) * checkpoint_gb
-    free_gb = shutil.disk_usage(folder).free / 1e9
+    gb = 1e9
+    n_weights = count_weights(config)
+    weights = n_weights * bytes_per_weight(dtype, settings.kl_coef > 0) / gb
+    cache = settings.max_rows * length * cache_bytes_per_token(config, dtype) / gb
+    memory = memory_of(device) / gb
+    new_checkpoints = max(1, settings.keep + 1 - len(checkpoints(folder)))
+    disk = new_checkpoints * n_weights * (6 if dtype == "bfloat16" else 12) / gb
+    free = shutil.disk_usage(folder).free / gb
     print(
-        f"memory: {weights_gb:.1f} GB for weights, Adam and copies, up to {cache_gb:.1f} GB for "
-        f"the KV cache, plus activations, of {memory_gb:.0f} GB; "
-        f"disk: {disk_gb:.1f} GB for checkpoints, {free_gb:.0f} GB free"
+        f"memory: {weights:.1f} GB for weights, Adam and copies, up to {cache:.1f} GB for the KV "
+        f"cache, plus activations, of {memory:.0f} GB; disk: {disk:.1f} GB for checkpoints of "
+        f"{free:.0f} GB free"
     )
     require(
-        weights_gb < memory_gb,
-        f"the model needs {weights_gb:.1f} GB before any activation and {device} has "
-        f"{memory_gb:.1f} GB; use a smaller --model, --dtype bfloat16, or --kl-coef 0",
+        weights < memory,
+        f"the model needs {weights:.1f} GB before any activation and {device} has {memory:.1f} GB; "
+        "use a smaller --model, --dtype bfloat16, or --kl-coef 0",
     )
-    if weights_gb + cache_gb > memory_gb:
+    if weights + cache > memory:
         print("that is more than there is: lower --max-rows, then --pack-len")
     require(
-        disk_gb < free_gb,
-        f"{folder} has {free_gb:.1f} GB free and {keep + 1} checkpoints take {disk_gb:.1f} GB; "
-        "lower --keep or choose another --out",
+        disk < free,
+        f"{folder} has {free:.1f} GB free and {new_checkpoints} more checkpoints take {disk:.1f} "
+        "GB; lower --keep or choose another --out",
     )
 
 
@@ -1776,7 +1863,12 @@ def save_checkpoint(
     final = Path(out) / f"checkpoint-{last['step']}"
     aside = Path(out) / "checkpoint.tmp"
     shutil.rmtree(aside, ignore_errors=True)  # left by a kill
-    model.generation_config.eos_token_id = list(eos_ids)  # where training stopped
+    generation = model.generation_config
+    generation.eos_token_id = list(eos_ids)  # where training stopped
+    if not generation.do_sample:  # what only sampling uses; left in by many, it can't be saved
+        generation.temperature = None
+        generation.top_p = None
+        generation.top_k = None
     state = {
         "optimizer": optimizer.state_dict(),
         "last": last,
@@ -1817,14 +1909,13 @@ def cut_log(path: Path, step: int) -> None:
     """Drop the lines of later steps, and half a line, that a kill left behind the checkpoint."""
     if not os.path.exists(path):
         return
-    kept = []
-    for line in Path(path).read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    aside = Path(f"{path}.tmp")
-    aside.write_bytes(b"".join(kept))
-    aside.replace(path)
+    size = 0
+    with open(path, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            size += len(line)
+        file.truncate(size)
 
 
 def step_text(node: Node, tokenizer: object) -> str:
@@ -1931,13 +2022,13 @@ def render_tree(
     lines = [
         f"question: {printable(question['question'])}"[:width],
         f"answer: {printable(str(question['answer']))}"[:width],
-        "reward, advantage (- pruned), text of each step; indented below the step it continues",
+        "reward, advantage (- pruned), text; indented below the step it continues"[:width],
     ]
     for node in root.steps():
         depth = len(node.path()) - 1
         advantage = f"{node.advantage:+6.2f}" if node.trained else "     -"
-        line = f"{'  ' * depth}{node.reward:.2f} {advantage} | {printable(step_text(node, tokenizer))}"
-        line = line[:width]
+        text = printable(step_text(node, tokenizer))
+        line = f"{'  ' * depth}{node.reward:.2f} {advantage} | {text}"[:width]
         if colour and node.trained and node.advantage != 0:
             code = 32 if node.advantage > 0 else 31
             line = f"\033[{code}m{line}\033[0m"
@@ -1945,7 +2036,7 @@ def render_tree(
     if len(lines) > height:
         hidden = len(lines) - height + 1
         lines = lines[:height - 1]
-        lines.append(f"... {hidden} more steps; --dump-trees FILE writes all of them")
+        lines.append(f"... {hidden} more steps; --dump-trees FILE writes all of them"[:width])
     return "\n".join(lines)
 
 
@@ -1958,15 +2049,20 @@ def print_tree(root: Node, question: dict, tokenizer: object) -> None:
 
 # ---------------------------------------------------------------------------- The training loop
 class CtrlC:
-    """The first Ctrl-C ends the run after its step, the second one at once."""
+    """Inside `with`, the first Ctrl-C is only noted: the run ends after its step. The second one
+    stops at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "CtrlC":
         self.pressed = False
-        signal.signal(signal.SIGINT, self.press)
+        self.original = signal.signal(signal.SIGINT, self.press)
+        return self
 
     def press(self, number: int, frame: object) -> None:
         self.pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self.original)
 
 
 def open_run(settings: Settings) -> tuple[Path, object]:
@@ -1986,8 +2082,13 @@ def open_run(settings: Settings) -> tuple[Path, object]:
         settings.resume or not taken, f"--out {out}: it holds a run; continue it by --resume {out}"
     )
     if settings.dump_trees:
+        dump = Path(settings.dump_trees)
+        require(
+            settings.resume or not dump.exists(),
+            f"--dump-trees {dump}: it is there already; delete it or name another file",
+        )
         try:
-            open(settings.dump_trees, "a").close()
+            open(dump, "a").close()
         except OSError as error:
             raise BadInput(f"--dump-trees: cannot write there ({error})") from error
     return out, lock
@@ -2031,6 +2132,38 @@ def load_data(settings: Settings) -> tuple[list[dict], list[dict]]:
     return training or questions, held_out
 
 
+def load_models(
+    settings: Settings, weights: str, device: str, dtype: str
+) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module | None]:
+    """-> the model to train; the one to sample from, in mixed precision a bf16 copy, else the same;
+    the reference, None without a KL term: always the run's original --model."""
+    exact = torch.float32
+    half = torch.bfloat16
+    print(f"loading {weights} on {device} in {dtype}", flush=True)
+    model = load_model(weights, device, half if dtype == "bfloat16" else exact)
+    sampler = load_model(weights, device, half) if dtype == "mixed" else model
+    reference = None
+    if settings.kl_coef > 0:
+        reference = load_model(settings.model, device, exact if dtype == "float32" else half)
+        reference.eval().requires_grad_(False)
+    if settings.grad_checkpointing:  # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable()
+    return model, sampler, reference
+
+
+def restore(resumed: Path | None, optimizer: torch.optim.Optimizer) -> dict:
+    """Optimiser and random numbers of the checkpoint, if there is one -> its newest metrics."""
+    if resumed is None:
+        return {"step": -1, "tokens_sampled": 0, "skipped": 0}
+    state = load_trainer_state(resumed)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["last"]
+
+
 def set_up(settings: Settings) -> Run:
     """Load everything; what cannot work is refused before anything slow. Raises BadInput."""
     device = choose_device(settings.device)
@@ -2038,8 +2171,7 @@ def set_up(settings: Settings) -> Run:
     tokenizer = load_tokenizer(settings.model)
     config = load_config(settings.model)
     template = load_template(settings.template, tokenizer, config.vocab_size)
-    step_lens = per_level(settings.step_len, settings.branching)
-    budget = sum(step_lens)
+    budget = sum(per_level(settings.step_len, settings.branching))
     questions, held_out = load_data(settings)
     limits = (
         template, tokenizer, settings.max_prompt_len, budget, config.max_position_embeddings,
@@ -2047,30 +2179,19 @@ def set_up(settings: Settings) -> Run:
     )
     questions = fit_prompts(questions, "training", *limits)
     held_out = fit_prompts(held_out[:settings.eval_questions], "held out", *limits)
-    longest = max(len(question["prompt"]) for question in [*questions, *held_out])
-    length = longest + budget
+    length = budget + max(len(question["prompt"]) for question in [*questions, *held_out])
 
     out, lock = open_run(settings)
-    with_reference = settings.kl_coef > 0
-    check_resources(
-        config, device, dtype, with_reference, settings.max_rows, length, out, settings.keep
-    )
+    check_resources(config, device, dtype, length, out, settings)
     resumed = newest_checkpoint(out)
     weights = str(resumed or settings.model)
-    print(f"loading {weights} on {device} in {dtype}", flush=True)
-    half = torch.bfloat16
-    model = load_model(weights, device, half if dtype == "bfloat16" else torch.float32)
-    sampler = load_model(weights, device, half) if dtype == "mixed" else model
-    reference = None
-    if with_reference:
-        reference = load_model(settings.model, device, torch.float32 if dtype == "float32" else half)
-        reference.eval().requires_grad_(False)
-    if settings.grad_checkpointing:  # renamed in transformers 5.23
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
-        enable()
+    model, sampler, reference = load_models(settings, weights, device, dtype)
     decoding = make_decoding(model, tokenizer, settings.temperature, settings.max_rows)
     decoding = add_workspace(sampler, decoding, length, settings.compile)
+    if decoding.workspace is not None and dtype == "mixed":
+        compile_training(model)
+        if reference is not None:
+            compile_training(reference)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.lr,
@@ -2079,13 +2200,7 @@ def set_up(settings: Settings) -> Run:
         fused=device == "cuda",  # without a second copy of the weights
     )
     torch.manual_seed(settings.seed)
-    last = {"step": -1, "tokens_sampled": 0, "skipped": 0}
-    if resumed:
-        state = load_trainer_state(resumed)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-        last = state["last"]
+    last = restore(resumed, optimizer)
     cut_log(out / "metrics.jsonl", last["step"])
     if settings.dump_trees:
         cut_log(Path(settings.dump_trees), last["step"])
@@ -2099,8 +2214,9 @@ def set_up(settings: Settings) -> Run:
 def run_step(run: Run, step: int, settings: Settings, status: Status) -> dict:
     """Train on one batch -> its row of metrics.jsonl, without an evaluation."""
     batch = batch_of(run.questions, step, settings.questions_per_step, settings.seed)
+    decoding = dataclasses.replace(run.decoding, progress=status.tokens)
     metrics, trees = train_step(
-        run.model, run.sampler, run.reference, run.optimizer, run.tokenizer, batch, run.decoding,
+        run.model, run.sampler, run.reference, run.optimizer, run.tokenizer, batch, decoding,
         settings, status,
     )
     row = {"step": step, "lr": settings.lr, **metrics}
@@ -2132,43 +2248,57 @@ def log(run: Run, row: dict, steps: int) -> None:
     tqdm.write(step_line(row, steps))
 
 
-def train(settings: Settings) -> int:
-    """A whole run: set up, then step by step train, evaluate, log and save -> exit status."""
-    run = set_up(settings)
-    ctrl_c = CtrlC()
-    print(f"output: {run.out}; Ctrl-C finishes a step and saves, Ctrl-C twice stops at once")
-    if run.last["step"] < 0:  # the evaluation before training
-        with tqdm(desc="before training", bar_format="{desc} {postfix}", leave=False) as bar:
-            row = {"step": 0, **evaluate_run(run, settings, Status(bar))}
-        log(run, row, settings.steps)
+def evaluate_before_training(run: Run, settings: Settings) -> None:
+    with tqdm(desc="before training", bar_format="{desc}{postfix}", leave=False) as bar:
+        row = {"step": 0, **evaluate_run(run, settings, Status(bar))}
+    log(run, row, settings.steps)
+
+
+def run_steps(run: Run, settings: Settings, ctrl_c: CtrlC) -> int:
+    """Train, evaluate, log and save, step by step -> exit status."""
     first = run.last["step"] + 1
-    with tqdm(
+    bar = tqdm(
         total=settings.steps, initial=first - 1, desc=settings.algo, smoothing=0.0, leave=False
-    ) as bar:
+    )
+    with bar:
         status = Status(bar)
         for step in range(first, settings.steps + 1):
             row = run_step(run, step, settings, status)
-            ending = step == settings.steps or ctrl_c.pressed or row["skipped"] >= 3
             if step % settings.eval_every == 0 or step == settings.steps:
                 row.update(evaluate_run(run, settings, status))
             log(run, row, settings.steps)
             bar.update()
+            interrupted = ctrl_c.pressed  # asked once: what is reported is what is saved
+            broken = row["skipped"] >= 3
+            ending = step == settings.steps or interrupted or broken
             if step % settings.save_every == 0 or ending:
                 status.phase("saving")
                 save_checkpoint(
                     run.out, run.model, run.tokenizer, run.optimizer, run.decoding.eos_ids,
                     run.last, settings.keep,
                 )
-            if row["skipped"] >= 3:
+            if broken:
                 raise FloatingPointError(
                     f"three steps in a row were not finite; {run.out}/checkpoint-{step} has the "
                     "weights before them: start from it in a new --out, with a lower --lr"
                 )
-            if ctrl_c.pressed and step < settings.steps:
+            if interrupted and step < settings.steps:
                 tqdm.write(f"stopped; continue with: python treerpo.py --resume {run.out}")
                 return 130
-    print(closing_lines(run.out, settings.model))
     return 0
+
+
+def train(settings: Settings) -> int:
+    """A whole run -> exit status."""
+    run = set_up(settings)
+    print(f"output: {run.out}; Ctrl-C finishes a step and saves, Ctrl-C twice stops at once")
+    with CtrlC() as ctrl_c:
+        if run.last["step"] < 0:
+            evaluate_before_training(run, settings)
+        status = run_steps(run, settings, ctrl_c)
+    if status == 0:
+        print(closing_lines(run.out, settings.model))
+    return status
 
 
 def closing_lines(out: Path, base: str) -> str:
@@ -2208,6 +2338,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if isinstance(default, list):
             default = " ".join(str(number) for number in default)
         return f"{action.help} (default: {default})"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for paragraph in text.splitlines():
+            lines += textwrap.wrap(paragraph, width, break_on_hyphens=False)
+        return "\n".join(lines)
 
 
 def describe(preset: dict) -> str:
@@ -2278,17 +2417,16 @@ def dashed(names: list[str]) -> str:
 
 def resume_settings(given: dict) -> Settings:
     """The settings of the run in --resume, with what may change. Raises BadInput."""
-    folder = Path(given["resume"])
+    folder = Path(os.path.abspath(given["resume"]))
     try:
         saved = json.loads((folder / "config.json").read_bytes())
-        saved.update(resume=str(folder), out=str(folder))
+        saved = {**saved, "resume": str(folder), "out": str(folder)}
         settings = Settings(**saved)
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(
             f"--resume {folder}: not the output folder of a run ({error!r:.90}); give a folder "
             "with config.json in it"
         ) from error
-    require(newest_checkpoint(folder), f"--resume {folder}: there is no checkpoint; start in another --out")
     repeated = make_absolute(Settings(**{**saved, **given}))
     changed = [name for name in given if getattr(repeated, name) != saved[name]]
     fixed = [name for name in changed if name not in [*MAY_CHANGE, "resume"]]
@@ -2309,7 +2447,7 @@ def make_absolute(settings: Settings) -> Settings:
     changes = {}
     for name in ("model", "data", "eval_data", "template"):
         value = getattr(settings, name)
-        if value is not None and os.path.exists(value):
+        if value not in (None, *TEMPLATES) and os.path.exists(value):
             changes[name] = os.path.abspath(value)
     for name in ("out", "resume", "dump_trees"):
         value = getattr(settings, name)
@@ -2344,6 +2482,12 @@ def check_effects(settings: Settings, given: dict) -> None:
                 name not in given,
                 f"{dashed([name])} has no effect on {algo}; use --algo treeadv, or --branching",
             )
+    name = "leaves" if algo == "treeadv" else "branching"
+    widest = settings.leaves if algo == "treeadv" else max(settings.branching)
+    require(
+        widest > 1,
+        f"{dashed([name])} {widest}: one answer has no sibling to be compared with; give 2 or more",
+    )
     require(
         not one_level or len(settings.branching) == 1,
         f"--branching: {algo} samples whole answers; give one number, or use --algo treerpo",
@@ -2430,12 +2574,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (RuntimeError, MemoryError) as error:
         if "memory" in f"{type(error).__name__} {error}".lower():
+            traceback.print_exc()  # first, so that the advice is the last thing on the screen
             print(
                 f"treerpo.py: out of memory: lower --max-rows (now {settings.max_rows}) or "
                 f"--pack-len (now {settings.pack_len}), or add --grad-checkpointing; then "
                 "continue from the last checkpoint with --resume",
                 file=sys.stderr,
             )
+            return 1
         raise
 
 
