@@ -173,7 +173,8 @@ ALGORITHMS = {
 SEQUENCE_CLIP_EPS = 4e-4  # GSPO §5.1: the ratio of a whole sequence moves far less than a token's
 
 # Without --model. The tiny model takes a larger learning rate and a smaller tree. Its policy is
-# nearly certain at temperature 0.6, where the groups soon agree and the signal runs out.
+# nearly certain at temperature 0.6, where the groups soon agree and the signal runs out. Compiling
+# it would take longer than the run.
 DEMO = {
     "model": str(HERE / "demo/model"),
     "data": str(HERE / "demo/train.jsonl"),
@@ -186,6 +187,7 @@ DEMO = {
     "lr": 2e-4,
     "max_rows": 2048,
     "pack_len": 512,
+    "compile": "off",
     "eval_every": 10,
     "eval_questions": 256,
     "save_every": 20,
@@ -1140,10 +1142,27 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
 
 def compile_training(model: torch.nn.Module) -> None:
     """The update, 1.4 times faster: attention leaves out the blocks that the ancestor mask empties,
-    and each layer's small operations are fused."""
+    and each layer's small operations are fused. Where that cannot be compiled, a line says so."""
     model.set_attn_implementation("flex_attention")
-    for layer in model.get_decoder().layers:
+    layers = model.get_decoder().layers
+    for layer in layers:
         layer.compile(dynamic=True)
+    step = Node([0, 0], Node([0]))
+    step.trained = True
+    row = pack_row(pack_nodes([step.parent], 3)[0], model.device, padded=True)
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            logps, _ = token_logps(model, row, 1.0, model.config.vocab_size)
+        if logps.requires_grad:  # the reference's do not
+            logps.sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a missing compiler shows in many ways
+        model.set_attn_implementation("sdpa")
+        for layer in layers:
+            layer._compiled_call_impl = None
+        print(f"cannot compile the update ({error!s:.200}); it goes on about 1.4 times slower")
+    model.zero_grad()
 
 
 class Workspace:
