@@ -3,19 +3,21 @@ re-implementation. Section and equation numbers are the paper's.
 
 One training step:
   1. Grow: for each question the policy samples an N-ary tree. Every child continues its parent by
-     one step of up to L tokens, from the parent's KV cache (§3.1).
+     one step of up to step_len tokens (§3.1), from the parent's KV cache [ours].
   2. Verify and back up: a verifier scores every leaf 0 or 1; the reward of an inner node is the
      mean of its children's rewards (§3.1).
   3. Prune: siblings form a step-level group. A group is kept iff its rewards differ by more than
      tau (§3.2, Eq. 1-2).
   4. Compare: the advantage of a child is its reward relative to its group,
      A = (R - mu) / (mu (1 - mu)) (§3.3, Eq. 3-4).
-  5. Update: a clipped policy gradient with a KL and an entropy term trains the tokens of every
-     step whose group was kept (§3.4, Eq. 5-6).
-GRPO is the tree of depth 1. GSPO (2507.18071) and TreeAdv (2601.03703) change one piece each.
+  5. Update: a clipped policy gradient with a KL term (§3.4, Eq. 5) and an entropy bonus (§4)
+     trains the tokens of every step whose group was kept.
+`train_step` is these five lines in code. A "step" of an answer is one Node; a training step is one
+batch of questions, and takes a few optimiser steps. GRPO is the tree of depth 1, with Eq. 3. GSPO
+(2507.18071) and TreeAdv (2601.03703) change one piece each.
 
     python treerpo.py                                   # bundled model and task, minutes on a CPU
-    python treerpo.py --model Qwen/Qwen2.5-Math-1.5B    # the paper's run, on one CUDA GPU
+    python treerpo.py --model Qwen/Qwen2.5-Math-1.5B    # the paper's settings, one CUDA GPU
     python treerpo.py --help                            # every flag, its default and its source
 """
 import argparse
@@ -65,7 +67,7 @@ HERE = Path(__file__).resolve().parent
 # A field is a flag. [paper], [code] and [ours] say where a default comes from: the paper's text,
 # its authors' code, or our own choice.
 def flag(default: object, text: str, **argument: object) -> object:
-    """A field of a settings class; `argument` goes to argparse."""
+    """A field of a settings class; HfArgumentParser gives `argument` to argparse."""
     metadata = {"help": text, **argument}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -74,6 +76,7 @@ def flag(default: object, text: str, **argument: object) -> object:
 
 @dataclass
 class DataSettings:
+    # The heading that HfArgumentParser gives these flags in --help, here and below.
     _argument_group_name = "model and data"
     model: str | None = flag(None, "folder or hub id; without it the bundled model and demo run")
     data: str = flag(
@@ -99,8 +102,10 @@ class DataSettings:
 class TreeSettings:
     _argument_group_name = "tree (§3.1)"
     algo: Literal["treerpo", "grpo", "gspo", "treeadv"] = flag("treerpo", "what is trained")
-    branching: list[int] = flag([8, 8, 8], "children of a node, a number a level [paper §4]")
-    step_len: list[int] = flag([384], "tokens of a step, one number or one a level [paper §4]")
+    branching: list[int] = flag([8, 8, 8], "children of a node, one number per level [paper §4]")
+    step_len: list[int] = flag(
+        [384], "most tokens of a step, one number, or one per level [paper §4]"
+    )
     temperature: float = flag(0.6, "of sampling, log-probs and evaluation alike [paper §4]")
     questions_per_step: int = flag(16, "questions of one batch [paper Fig. 6]")
     leaves: int = flag(8, "treeadv: answers to a question in all [ours]")
@@ -116,13 +121,19 @@ class LearningSettings:
         0.1, "tau, Eq. 1-2: a group is kept if its rewards spread by more [paper §3.2]"
     )
     normalizer: Literal["variance", "std", "none"] = flag(
-        "variance", "divisor of the advantages: mu (1 - mu) of Eq. 4, Eq. 3, or 1 [paper §3.3]"
+        "variance", "divisor of the advantages: mu (1 - mu), Eq. 4; std, Eq. 3; or 1 [paper §3.3]"
     )
-    ratio: Literal["token", "sequence"] = flag("token", "importance ratio a token, or a step")
-    clip_eps: float = flag(0.2, "clip range 1 +- this; sequence ratios: 4e-4 [code]")
+    ratio: Literal["token", "sequence"] = flag(
+        "token", "one importance ratio per token [paper §3.4], or per step (GSPO)"
+    )
+    clip_eps: float = flag(
+        0.2, "clip range 1 +- this [code]; with sequence ratios 4e-4 [GSPO §5.1]"
+    )
     kl_coef: float = flag(0.001, "weight of the KL term against the initial model [paper §3.4]")
     entropy_coef: float = flag(0.001, "weight of the entropy bonus [paper §4]")
-    minibatches: int = flag(2, "optimiser steps on each batch, of separate questions [paper §4]")
+    minibatches: int = flag(
+        2, "optimiser steps on each batch [paper §4], cut by question [ours]"
+    )
     lr: float = flag(1e-6, "learning rate of AdamW, constant [paper §4]")
     seed: int = flag(0, "of sampling, data order and evaluation [ours]")
 
@@ -159,9 +170,12 @@ GROUPS = [DataSettings, TreeSettings, LearningSettings, SpeedSettings, OutputSet
 
 @dataclass
 class Settings(OutputSettings, SpeedSettings, LearningSettings, TreeSettings, DataSettings):
-    """All settings of a run. Only the training loop sees it, never a function of the algorithm."""
+    """All settings of a run. train_step and the code around it see them; the functions of the
+    algorithm take plain arguments. The bases stand in reverse because fields come last base first.
+    """
 
 
+# Presets apply in this order: DEMO (without --model), ALGORITHMS, DEMO_WHOLE_ANSWERS, given flags.
 # What --algo NAME changes: whole answers instead of a tree, and what each paper says of itself.
 WHOLE_ANSWERS = {"branching": [8], "step_len": [1152], "normalizer": "std"}
 ALGORITHMS = {
@@ -170,7 +184,7 @@ ALGORITHMS = {
     "gspo": {**WHOLE_ANSWERS, "ratio": "sequence"},
     "treeadv": WHOLE_ANSWERS,
 }
-SEQUENCE_CLIP_EPS = 4e-4  # GSPO §5.1: the ratio of a whole sequence moves far less than a token's
+SEQUENCE_CLIP_EPS = 4e-4  # GSPO §5.1: the ratio of a sequence moves far less than a token's
 
 # Without --model. The tiny model takes a larger learning rate and a smaller tree. Its policy is
 # nearly certain at temperature 0.6, where the groups soon agree and the signal runs out. Compiling
@@ -192,15 +206,17 @@ DEMO = {
     "eval_questions": 256,
     "save_every": 20,
 }
-DEMO_WHOLE_ANSWERS = {"step_len": [56]}
+DEMO_WHOLE_ANSWERS = {"step_len": [56]}  # four levels of 14 tokens
 
 
 # ------------------------------------------------------------------- The tree (§3.1, Figure 2)
+# eq=False: nodes are told apart by identity and serve as keys of dicts.
 @dataclass(eq=False)
 class Node:
     """One step of an answer: the tokens by which it continues its parent. A root is a prompt.
 
-    The paper's Figure 2 as backed-up rewards; every number without children is a verified leaf:
+    The paper's Figure 2 as backed-up rewards. A number in parentheses, or without children, is a
+    verified leaf; (0 0 1) are the children of the number before them:
 
         root .444 -+- .037 -+- .111 -+- 0   0   .333 (0 0 1)
                    |        +- 0
@@ -222,7 +238,7 @@ class Node:
     reward: float | None = None             # leaf: the verifier's; else the children's mean
     advantage: float = 0.0
     trained: bool = False                   # its group was kept: its tokens are in the loss
-    entropies: list[float] = field(default_factory=list, repr=False)  # nats a token (TreeAdv)
+    entropies: list[float] = field(default_factory=list, repr=False)  # nats per token (TreeAdv)
     question: int = 0                       # of a root: the number of its prompt in the batch
 
     def __post_init__(self) -> None:
@@ -257,10 +273,10 @@ class Decoding:
     n_tokens: int                           # ids from here on only pad the embedding matrix
     temperature: float = 0.6                # 0 is greedy
     max_rows: int = 512                     # most sequences of one generate call
-    segment: int = 384                      # most new tokens of one generate call
-    keep_entropies: bool = False            # fill Node.entropies
+    call_len: int = 384                     # a longer step takes several generate calls
+    keep_entropies: bool = False            # fill Node.entropies (TreeAdv)
     workspace: "Workspace | None" = None    # a static KV cache (CUDA); None: a growing one
-    progress: Callable[[int], None] | None = None  # told the number of new tokens, at every token
+    progress: Callable[[int], None] | None = None  # called with the rows of every new token
 
 
 @dataclass
@@ -274,7 +290,7 @@ class Rows:
 def prefill(
     model: torch.nn.Module, prompts: list[list[int]], pad_id: int, padding: int
 ) -> Rows:
-    """R prompts -> their rows, with at least `padding` columns of padding.
+    """R prompts -> their rows, with at least `padding` columns of padding (see Workspace).
 
     The cache leaves out the last token, because `generate` feeds that one itself: given a cache
     of all T tokens it would feed the whole prompt once more.
@@ -317,8 +333,8 @@ class DrawToken:
     def __init__(self, decoding: Decoding, n_rows: int) -> None:
         self.decoding = decoding
         self.n_rows = n_rows                # rows behind these only fill up a static cache
-        self.entropies: list[Tensor] = []   # [n_rows] a token
-        self.scores: Tensor | None = None   # of the newest token
+        self.entropies: list[Tensor] = []   # one [n_rows] per token
+        self.scores: Tensor | None = None   # of the newest token, checked for NaN at the end
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         eos_id = self.decoding.eos_ids[0]
@@ -357,19 +373,23 @@ def generate_tokens(
 ) -> Rows:
     """One call of HF generate: nodes[k] continues row index[k] by up to new_tokens tokens.
 
-    -> the rows after it, one a node, which live in the cache that was used. Raises
+    -> the rows after it: row k is that of nodes[k], and behind its end token comes padding. They
+    are views of the cache, which the next call on a static cache overwrites. Raises
     FloatingPointError if the logits are not numbers.
     """
     ids, mask, cache = open_rows(rows, index, new_tokens, decoding.workspace)
     draw_token = DrawToken(decoding, len(nodes))
     eos_ids = list(decoding.eos_ids)
+    compile_config = None
+    if decoding.workspace is not None:
+        compile_config = decoding.workspace.compile_config
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,
         max_new_tokens=new_tokens,
         eos_token_id=eos_ids,
         pad_token_id=eos_ids[0],
-        compile_config=decoding.workspace and decoding.workspace.compile_config,
+        compile_config=compile_config,
     )
     # What is unset in a given config would come from the checkpoint's own (top_k, penalties, ...).
     original = model.generation_config
@@ -410,10 +430,10 @@ def take_step(
     """Fill these empty nodes with up to step_len tokens; nodes[k] continues row index[k].
 
     A long step takes several calls of generate, so that finished rows are dropped in between.
-    -> rows and their index in which the k-th unfinished node lives.
+    -> (rows, index): the k-th node that is still unfinished is row index[k] of rows.
     """
     while True:
-        new_tokens = min(step_len, decoding.segment)
+        new_tokens = min(step_len, decoding.call_len)
         rows = generate_tokens(model, nodes, rows, index, new_tokens, decoding)
         step_len -= new_tokens
         index = [k for k, node in enumerate(nodes) if not node.done]
@@ -432,15 +452,15 @@ def grow(
 ) -> None:
     """Give every node its children, level by level; nodes[i] lives in row i.
 
-    A frontier wider than one call of generate is walked depth-first in chunks: the same
-    distribution in less memory.
+    If one call of generate cannot hold all children they go in chunks, and a chunk's whole subtrees
+    are grown before the next one: the same distribution in less memory.
     """
-    parents = [i for i in range(len(nodes)) for _ in range(branching[0])]
+    row_of_child = [i for i in range(len(nodes)) for _ in range(branching[0])]
     width = decoding.max_rows
     if decoding.workspace is not None:
         width = decoding.workspace.most_rows(rows.ids.shape[1] + step_lens[0])
-    for start in range(0, len(parents), width):
-        chunk = parents[start:start + width]
+    for start in range(0, len(row_of_child), width):
+        chunk = row_of_child[start:start + width]
         children = [Node([], nodes[i]) for i in chunk]
         end, index = take_step(model, children, rows, chunk, step_lens[0], decoding)
         unfinished = [child for child in children if not child.done]
@@ -465,18 +485,19 @@ def sample_trees(
     """
     roots = [Node(list(prompt), question=i) for i, prompt in enumerate(prompts)]
     by_length = sorted(roots, key=lambda root: len(root.tokens))  # little padding
-    width = max(1, decoding.max_rows // branching[0])
+    width = max(1, decoding.max_rows // branching[0])  # their children fit into one call
     padding = 0 if decoding.workspace is None else decoding.workspace.padding
     for start in range(0, len(roots), width):
-        group = by_length[start:start + width]
-        rows = prefill(model, [root.tokens for root in group], decoding.eos_ids[0], padding)
-        grow(model, group, rows, branching, step_lens, decoding)
+        part = by_length[start:start + width]
+        rows = prefill(model, [root.tokens for root in part], decoding.eos_ids[0], padding)
+        grow(model, part, rows, branching, step_lens, decoding)
     return roots
 
 
 # -------------------------------------------------------------- Leaf rewards and backup (§3.1)
 def answer_text(node: Node, tokenizer: object) -> str:
-    """The text of the answer up to the end of this node; of a leaf it is what is verified."""
+    """The text of the answer up to the end of this node. Of a leaf it is what is verified; of an
+    inner node it is only printed."""
     ids = [token for step in node.path()[1:] for token in step.tokens]
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if node.children:
@@ -523,7 +544,8 @@ def group_relative_advantages(rewards: Sequence[float], normalizer: str) -> Tens
     """Rewards [n] of one group -> advantages [n], float64, of sum 0.
 
     variance: (R - mu) / (mu (1 - mu)), Eq. 4, for rewards in [0, 1]; std: (R - mu) / sigma, Eq. 3,
-    with the population's sigma [ours]; none: R - mu. Equal rewards give zeros. Raises ValueError.
+    with the population's sigma [ours]; none: R - mu. Equal rewards give zeros. Raises ValueError
+    for an unknown normalizer, or rewards outside [0, 1] with Eq. 4.
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     mu = rewards.mean()
@@ -562,7 +584,10 @@ def add_sibling_advantages(
     return groups
 
 
-# --------------------------------------------------------------- Objective (§3.4, Eq. 5 and 6)
+# ------------------------------------------------------------- A tree in one forward pass [ours]
+# Steps are trained in rows in which every shared prefix stands once. A mask lets a token see only
+# its own path, and its position counts along that path, so that its log-prob is what it would be in
+# a row of its own.
 def pack_nodes(trees: list[Node], pack_len: int) -> list[dict[Node, bool]]:
     """Lay every trained step into a pack once, behind its ancestors.
 
@@ -599,7 +624,7 @@ def pack_nodes(trees: list[Node], pack_len: int) -> list[dict[Node, bool]]:
 class PackedRow:
     """A pack as one row of T tokens, of which M tokens in S steps are scored."""
     ids: Tensor                             # [1, T]
-    positions: Tensor                       # [1, T], along the token's own path
+    positions: Tensor                       # [1, T], of the token in its own path
     enter: Tensor                           # [T], depth-first number of the token's node
     leave: Tensor                           # [T], first number behind the node's descendants
     predictors: Tensor                      # [M], the column whose output predicts the token
@@ -615,6 +640,7 @@ def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False)
     the padding belongs to one more node, which no other token may look at."""
     nodes = list(pack)
     number = {node: k for k, node in enumerate(nodes)}
+    # Numbered depth-first, the descendants of node k are those from k + 1 to leave[k] - 1.
     leave = [k + 1 for k in range(len(nodes))]
     for k in reversed(range(len(nodes))):
         if nodes[k].parent is not None:
@@ -662,27 +688,24 @@ def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False)
     )
 
 
-def ancestor_mask(enter: Tensor, leave: Tensor) -> Tensor:
-    """[T], [T] -> bool [1, 1, T, T]: True where the token of a row may look at the token of a
-    column. That is where it comes no earlier, and belongs to the same step or to a descendant:
-    enter[column] <= enter[row] < leave[column]."""
-    number = enter[:, None]
-    related = (enter <= number) & (number < leave)
-    return related.tril()[None, None]
+def may_look(enter: Tensor, leave: Tensor, at: Tensor, to: Tensor) -> Tensor:
+    """Whether the token in column `at` may see the one in column `to`: if that comes no later, and
+    belongs to the same step or to an ancestor of it."""
+    return (to <= at) & (enter[to] <= enter[at]) & (enter[at] < leave[to])
 
 
-def attention_mask(model: torch.nn.Module, row: PackedRow) -> Tensor | BlockMask:
-    """The ancestor mask as the model's attention function takes it: [T, T], or only the blocks of
-    it that are not empty (on a GPU, see compile_training)."""
-    if model.config._attn_implementation != "flex_attention":
-        return ancestor_mask(row.enter, row.leave)
-
-    def may_look(batch: Tensor, head: Tensor, at: Tensor, to: Tensor) -> Tensor:
-        related = (row.enter[to] <= row.enter[at]) & (row.enter[at] < row.leave[to])
-        return related & (to <= at)
-
+def ancestor_mask(model: torch.nn.Module, row: PackedRow) -> Tensor | BlockMask:
+    """What may_look says of all columns, as the model's attention function takes it: bool
+    [1, 1, T, T], or only the blocks of it that are not empty (see compile_training)."""
     length = len(row.enter)
-    return create_block_mask(may_look, None, None, length, length, device=row.enter.device)
+    device = row.enter.device
+    if model.config._attn_implementation == "flex_attention":
+        return create_block_mask(
+            lambda batch, head, at, to: may_look(row.enter, row.leave, at, to),
+            None, None, length, length, device=device,
+        )
+    columns = torch.arange(length, device=device)
+    return may_look(row.enter, row.leave, columns[:, None], columns)[None, None]
 
 
 def token_logps(
@@ -700,16 +723,16 @@ def token_logps(
     """
     hidden = model.get_decoder()(
         row.ids,
-        attention_mask=attention_mask(model, row),
+        attention_mask=ancestor_mask(model, row),
         position_ids=row.positions,
         use_cache=False,
     ).last_hidden_state[0, row.predictors]
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.get_output_embeddings()(hidden)[:, :n_tokens].float() / temperature
-        normalizer = logits.logsumexp(-1)
-        logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
-        entropies = normalizer - (logits.softmax(-1) * logits).sum(-1)
+        log_z = logits.logsumexp(-1)
+        logps = logits.gather(1, targets[:, None])[:, 0] - log_z
+        entropies = log_z - (logits.softmax(-1) * logits).sum(-1)
         return logps, entropies
 
     chunk = max(1, max_logits // n_tokens)
@@ -724,6 +747,7 @@ def token_logps(
     return torch.cat(logps), torch.cat(entropies)
 
 
+# --------------------------------------------------------------------- Objective (§3.4, Eq. 5)
 def policy_loss(
     logps: Tensor,
     old_logps: Tensor,
@@ -738,7 +762,7 @@ def policy_loss(
     kl_coef: float,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor]:
-    """The share of these M tokens in the loss of one optimiser step over n_tokens tokens.
+    """What these M tokens, one pack, add to the loss of a mini-batch of n_tokens tokens.
 
         (1 / n_tokens) sum_t [ -min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)
                                + kl_coef k3_t - entropy_coef H_t ]
@@ -749,7 +773,8 @@ def policy_loss(
     is the mean over the n_steps steps; KL and entropy stay means over tokens.
 
     logps, old_logps, ref_logps (None: no KL), entropies, segments: [M]; advantages: [S].
-    -> loss, [clipped units, sum of k3, sum of H] without gradient. Raises ValueError.
+    -> loss; [tokens (sequence: steps) that the clip changed, sum of k3, sum of H], no gradient.
+    Raises ValueError for an unknown ratio.
     """
     log_ratio = logps - old_logps
     if ratio == "token":
@@ -775,23 +800,30 @@ def policy_loss(
     return loss, statistics.detach()
 
 
-# ---------------------------------------------------------------- One training step (Figure 2)
-def split_by_question(trees: list[Node], n_parts: int) -> list[list[Node]]:
-    """Cut a batch into mini-batches: the questions that have trained steps, in n_parts parts of
-    about equal numbers of trained tokens; fewer if there are fewer questions."""
-    forests = {}  # question: its trees
-    sizes = {}    # question: its trained tokens
+# --------------------------------------------------------- One training step (Figure 2, right)
+def by_question(trees: list[Node]) -> dict[int, list[Node]]:
+    """{question: its trees}; one tree, or with TreeAdv several."""
+    forests = {}
     for root in trees:
-        size = sum(len(node.tokens) for node in root.walk() if node.trained)
         forests.setdefault(root.question, []).append(root)
-        sizes[root.question] = sizes.get(root.question, 0) + size
-    questions = [question for question in forests if sizes[question] > 0]
-    questions.sort(key=lambda question: -sizes[question])
-    n_parts = min(n_parts, len(questions))
+    return forests
+
+
+def split_by_question(trees: list[Node], n_parts: int) -> list[list[Node]]:
+    """Cut a batch into mini-batches [ours]: the questions that have trained steps, in n_parts parts
+    of about equal numbers of trained tokens; fewer if there are fewer questions."""
+    sizes = []  # (trained tokens, question)
+    forests = by_question(trees)
+    for question, forest in forests.items():
+        trained = [node for root in forest for node in root.walk() if node.trained]
+        if trained:
+            sizes.append((sum(len(node.tokens) for node in trained), question))
+    sizes.sort(reverse=True)
+    n_parts = min(n_parts, len(sizes))
     parts = []
     for k in range(n_parts):
         part = []
-        for question in questions[k::n_parts]:
+        for _, question in sizes[k::n_parts]:
             part += forests[question]
         parts.append(part)
     return parts
@@ -809,7 +841,8 @@ def optimizer_step(
     kl_coef: float,
     entropy_coef: float,
 ) -> dict[str, float | None]:
-    """One step of the optimiser on one mini-batch -> sums and figures of it.
+    """One optimiser step on one mini-batch -> the gradient's norm before clipping (None: the step
+    was skipped), the share of clipped ratios, sums of KL and entropy, the number of tokens.
 
     The gradient is that of the loss over all its tokens, however they are packed. A loss or a
     gradient that is not finite never reaches the weights.
@@ -822,16 +855,17 @@ def optimizer_step(
     with torch.autocast(device, torch.bfloat16, enabled=mixed):  # casts the weights once
         for row in rows:
             logps, entropies = token_logps(model, row, temperature, n_tokens)
+            # None in the first mini-batch, whose ratios are 1.
             old_logps = logps.detach() if row.old_logps is None else row.old_logps
             loss, statistics = policy_loss(
                 logps, old_logps, row.ref_logps, entropies, row.segments, row.advantages,
                 batch_tokens, batch_steps, ratio, clip_eps, kl_coef, entropy_coef,
             )
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(device, enabled=False):  # it is not meant for backward passes
                 loss.backward()
             total_loss += loss.detach()
             totals += statistics
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # [code]
     finite = math.isfinite(total_loss + grad_norm)  # waits for the device, once a step
     if finite:
         optimizer.step()
@@ -864,11 +898,12 @@ def update_policy(
 ) -> dict[str, float | bool | None]:
     """One optimiser step for each mini-batch of these trees (§4) -> the metrics of the batch.
 
-    Old log-probs and those of the reference are taken before the first step. The first
-    mini-batch needs no pass for them: its own log-probs are the old ones, its ratios 1.
+    Old and reference log-probs are taken before the first optimiser step. The first mini-batch
+    needs no pass for the old ones: they are its own, so that it clips nothing, and clip_ratio is
+    that of the last mini-batch. progress is called with the tokens of each pass.
     """
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    model.train(checkpointing)  # it works in training mode only
+    model.train(checkpointing)  # which works in training mode only
     padded = model.config._attn_implementation == "flex_attention"
     batches = []
     for part in split_by_question(trees, minibatches):
@@ -882,30 +917,30 @@ def update_policy(
                 if reference is not None:
                     row.ref_logps, _ = token_logps(reference, row, temperature, n_tokens)
             progress(len(row.targets))
-    steps = []
+    updates = []
     for rows in batches:
-        steps.append(
-            optimizer_step(
-                model, optimizer, rows, mixed, temperature, n_tokens, ratio, clip_eps, kl_coef,
-                entropy_coef,
-            )
+        update = optimizer_step(
+            model, optimizer, rows, mixed, temperature, n_tokens, ratio, clip_eps, kl_coef,
+            entropy_coef,
         )
-        progress(steps[-1]["tokens"])
-    if not steps:  # every group was pruned
+        updates.append(update)
+        progress(update["tokens"])
+    if not updates:  # every group was pruned
         return {"grad_norm": 0.0, "clip_ratio": 0.0, "kl": 0.0, "entropy": 0.0, "skipped": False}
-    trained_tokens = sum(step["tokens"] for step in steps)
+    trained_tokens = sum(update["tokens"] for update in updates)
     return {
-        "grad_norm": steps[-1]["grad_norm"],
-        "clip_ratio": steps[-1]["clip_ratio"],
-        "kl": sum(step["kl_sum"] for step in steps) / trained_tokens,
-        "entropy": sum(step["entropy_sum"] for step in steps) / trained_tokens,
-        "skipped": any(step["grad_norm"] is None for step in steps),
+        "grad_norm": updates[-1]["grad_norm"],
+        "clip_ratio": updates[-1]["clip_ratio"],
+        "kl": sum(update["kl_sum"] for update in updates) / trained_tokens,
+        "entropy": sum(update["entropy_sum"] for update in updates) / trained_tokens,
+        "skipped": any(update["grad_norm"] is None for update in updates),
     }
 
 
 def grow_trees(
     sampler: torch.nn.Module, prompts: list[list[int]], decoding: Decoding, settings: Settings
 ) -> list[Node]:
+    """One tree for each prompt; with treeadv several."""
     step_lens = per_level(settings.step_len, settings.branching)
     if settings.algo == "treeadv":
         return sample_forests(
@@ -918,7 +953,8 @@ def grow_trees(
 def sample_metrics(
     trees: list[Node], leaves: list[Node], texts: list[str], groups: list[list[float]], tau: float
 ) -> dict[str, float]:
-    """What is logged of a batch's answers and groups, before the update."""
+    """What is logged of a batch's answers and groups, before the update. reward is the mean of the
+    roots' backed-up rewards, which is not the share of right leaves."""
     lengths = []
     for leaf in leaves:
         lengths.append(sum(len(step.tokens) for step in leaf.path()[1:]))
@@ -944,7 +980,12 @@ def train_step(
     settings: Settings,
     status: "Status",
 ) -> tuple[dict, list[Node]]:
-    """The algorithm of the module docstring on one batch of questions -> (metrics, trees)."""
+    """The algorithm of the module docstring on one batch of questions -> (metrics, trees).
+
+    A question is a dict with its prompt (token ids) and the known answer. sampler is the model
+    itself, or in mixed precision its bf16 copy.
+    """
+    mixed = sampler is not model
     prompts = [question["prompt"] for question in batch]
     answers = [question["answer"] for question in batch]
     tau = settings.prune_threshold
@@ -973,10 +1014,10 @@ def train_step(
     status.phase("updating")
     update = update_policy(
         model, reference, optimizer, trees, settings.minibatches, settings.pack_len,
-        sampler is not model, settings.temperature, decoding.n_tokens, settings.ratio,
+        mixed, settings.temperature, decoding.n_tokens, settings.ratio,
         settings.clip_eps, settings.kl_coef, settings.entropy_coef, status.tokens,
     )
-    if sampler is not model:
+    if mixed:
         sampler.load_state_dict(model.state_dict())  # the trained weights, rounded to bf16
     end = time.perf_counter()
 
@@ -997,7 +1038,7 @@ def train_step(
 # round of forks, positions of highest entropy, the plain mean) are ours.
 def pick_forks(rollouts: list[Node], n_forks: int, threshold: float) -> list[list[int]]:
     """The n_forks positions of highest entropy above the threshold (nats) in these answers to one
-    question -> of every answer, the positions before whose token it forks, in order."""
+    question -> for every answer the sorted positions at which a fork draws another token."""
     candidates = []
     for k, rollout in enumerate(rollouts):
         for position, entropy in enumerate(rollout.entropies):
@@ -1011,8 +1052,8 @@ def pick_forks(rollouts: list[Node], n_forks: int, threshold: float) -> list[lis
 
 
 def split_rollout(rollout: Node, forks: list[int]) -> tuple[Node, list[Node]]:
-    """Cut an answer before these positions -> the root of the new tree, which is one chain of
-    steps; for each position the step that its fork continues."""
+    """Cut an answer before these positions -> the root of a new tree, a chain of steps; for each
+    position the node that its fork continues, which for position 0 is the root."""
     prompt = rollout.parent
     root = Node(prompt.tokens, question=prompt.question)
     node = root
@@ -1025,22 +1066,23 @@ def split_rollout(rollout: Node, forks: list[int]) -> tuple[Node, list[Node]]:
         parents.append(node)
         start = end
     node.done = rollout.done
-    return root, parents[:-1]
+    return root, parents[:-1]  # the last one is the end of the answer
 
 
 def continue_forks(
     model: torch.nn.Module, parents: list[Node], budgets: list[int], decoding: Decoding
 ) -> None:
-    """Sample one more ending below each of these nodes, of up to its budget of tokens."""
+    """Sample one more ending below each of these nodes, of up to its budget of tokens: all in one
+    call with the largest budget, then cut."""
+    if not parents:
+        return
     prefixes = []
     for parent in parents:
         prefixes.append([token for step in parent.path() for token in step.tokens])
-    if not parents:
-        return
     endings = sample_trees(model, prefixes, [1], [max(budgets)], decoding)
     for parent, budget, root in zip(parents, budgets, endings):
         ending = root.children[0]
-        Node(
+        Node(  # it enters its parent's children
             ending.tokens[:budget],
             parent,
             done=ending.done and len(ending.tokens) <= budget,
@@ -1059,21 +1101,21 @@ def sample_forests(
 ) -> list[Node]:
     """TreeAdv's sampler: n_trees first answers a prompt, then forks at their most uncertain
     positions; n_leaves answers in all, of up to `budget` tokens. Where too few positions lie above
-    the threshold, fresh answers fill up. -> roots, one a tree, grouped by prompt."""
+    the threshold, fresh answers fill up. -> the roots of all trees, grouped by prompt."""
     decoding = dataclasses.replace(decoding, keep_entropies=True)
     roots = []
     parents = []
     budgets = []
-    for prompt in sample_trees(model, prompts, [n_trees], [budget], decoding):
-        forks = pick_forks(prompt.children, n_leaves - n_trees, threshold)
-        for rollout, positions in zip(prompt.children, forks):
+    for first in sample_trees(model, prompts, [n_trees], [budget], decoding):
+        forks = pick_forks(first.children, n_leaves - n_trees, threshold)
+        for rollout, positions in zip(first.children, forks):
             root, fork_parents = split_rollout(rollout, positions)
             roots.append(root)
             parents += fork_parents
             budgets += [budget - position for position in positions]
         n_forks = sum(len(positions) for positions in forks)
-        for _ in range(n_leaves - n_trees - n_forks):
-            root = Node(prompt.tokens, question=prompt.question)
+        for _ in range(n_leaves - n_trees - n_forks):  # a fresh answer is a fork of a bare prompt
+            root = Node(first.tokens, question=first.question)
             roots.append(root)
             parents.append(root)
             budgets.append(budget)
@@ -1086,11 +1128,8 @@ def add_leaf_advantages(
 ) -> list[list[float]]:
     """TreeAdv's advantages: all leaves of a question form one group, and a step takes the plain
     mean over the leaves below it -> the rewards of every group."""
-    forests = {}  # question: its trees
-    for root in trees:
-        forests.setdefault(root.question, []).append(root)
     groups = []
-    for forest in forests.values():
+    for forest in by_question(trees).values():
         leaves = [leaf for root in forest for leaf in root.leaves()]
         rewards = [leaf.reward for leaf in leaves]
         informative = is_informative(rewards, threshold)
@@ -1118,7 +1157,7 @@ def grouped_attention(
     **options: object,
 ) -> tuple[Tensor, None]:
     """Attention of one new token: the query heads that share a key head become rows of one product.
-    The stock function, once compiled, copies keys and values for each of them.
+    The stock function, once compiled, copies keys and values for each of them. Prompts take it.
 
     query [B, H, 1, D]; key, value [B, H_kv, T, D]; attention_mask [B, 1, 1, T] -> [B, 1, H, D].
     """
@@ -1135,21 +1174,21 @@ def grouped_attention(
 
 
 def use_grouped_attention(model: torch.nn.Module) -> None:
+    """For the model that is sampled from (see add_workspace)."""
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
     model.set_attn_implementation("grouped")
 
 
 def compile_training(model: torch.nn.Module) -> None:
-    """The update, 1.4 times faster: attention leaves out the blocks that the ancestor mask empties,
-    and each layer's small operations are fused. Where that cannot be compiled, a line says so."""
+    """Make the update faster: attention leaves out the blocks that the ancestor mask empties, and
+    each layer's small operations are fused. If the compiler fails on a trial, a line says so."""
     model.set_attn_implementation("flex_attention")
     layers = model.get_decoder().layers
     for layer in layers:
         layer.compile(dynamic=True)
-    step = Node([0, 0], Node([0]))
-    step.trained = True
-    row = pack_row(pack_nodes([step.parent], 3)[0], model.device, padded=True)
+    trial = Node([0, 0], Node([0]), trained=True)
+    row = pack_row(pack_nodes([trial.parent], 3)[0], model.device, padded=True)
     try:
         with torch.autocast(model.device.type, torch.bfloat16):
             logps, _ = token_logps(model, row, 1.0, model.config.vocab_size)
@@ -1166,19 +1205,20 @@ def compile_training(model: torch.nn.Module) -> None:
 
 
 class Workspace:
-    """The KV cache of every `generate` call on a GPU: one block of memory for each layer, which
-    is never freed, because a CUDA graph is bound to addresses and shapes.
+    """The KV cache of every `generate` call on a GPU: two blocks of memory, keys and values, for
+    each layer. They are never freed, because a CUDA graph is bound to addresses and shapes.
 
-    It has room for max_rows x length tokens and is seen in few shapes [B, H_kv, T, D]: B a power
-    of two, T a multiple of 256. One long prompt then lowers B instead of raising T for all.
+    There is room for max_rows x length tokens, seen in few shapes [B, H_kv, T, D]: B a power of
+    two or the most that fits, T a multiple of 256. One long prompt then lowers B instead of raising
+    T for all.
     """
     padding = 1      # `generate` drops a mask without padding, and would compile a second time
     least_rows = 16
-    columns = 256
+    columns = 256    # T is a multiple of this
 
     def __init__(self, max_rows: int, length: int, compile_config: CompileConfig | None) -> None:
         self.max_rows = max_rows
-        self.n_tokens = max_rows * self.round_up(length)
+        self.capacity = max_rows * self.round_up(length)    # tokens over all rows
         self.compile_config = compile_config
         self.blocks: list[tuple[Tensor, Tensor]] = []       # keys, values of every layer
         self.caches: dict[tuple[int, int], Cache] = {}  # by shape (B, T)
@@ -1188,7 +1228,7 @@ class Workspace:
 
     def most_rows(self, length: int) -> int:
         """How many sequences of this length fit."""
-        return max(1, min(self.max_rows, self.n_tokens // self.round_up(length)))
+        return max(1, min(self.max_rows, self.capacity // self.round_up(length)))
 
     def open_rows(
         self, rows: Rows, index: list[int], new_tokens: int
@@ -1233,7 +1273,7 @@ class Workspace:
 
     def new_block(self, tensor: Tensor) -> Tensor:
         _, n_heads, _, width = tensor.shape
-        return tensor.new_zeros(self.n_tokens * n_heads * width)
+        return tensor.new_zeros(self.capacity * n_heads * width)
 
     def view(self, block: Tensor, like: Tensor, batch: int, length: int) -> Tensor:
         _, n_heads, _, width = like.shape
