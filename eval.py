@@ -1,300 +1,906 @@
-"""A score that others can reproduce: benchmarks with standard errors, paired differences and the whole protocol.
+"""Scores that others can reproduce: benchmarks with standard errors, paired differences and the
+whole protocol. Prompts, sampling and verifier are those of treerpo.py.
 
-    python eval.py                               # bundled held-out questions: the bundled model against the newest run
-    python eval.py --model Qwen/Qwen2.5-Math-1.5B --benchmarks math500 olympiadbench minerva aime24 amc23
-    python eval.py --model Qwen/Qwen2.5-Math-1.5B runs/NAME --benchmarks aime24 --samples 32 --temperature 0.6
-Prompts, sampling and grading are treerpo.py's own; every figure has its standard error over problems. Later models are
-compared with the first, problem by problem: inside the noise is what chance alone does in 5 % of cases or more.
-  pass@1, avg@k    share of right answers: one to a problem, or the mean over k of them
-  pass@j, maj@k    chance that one of j answers is right (unbiased, from k); whether the most frequent answer is
-  response tokens  mean length of an answer, its end token included
-  truncated        share of answers that met no end; prompts too long for the context count here, and as wrong
+    python eval.py                                        # bundled model against the newest run
+    python eval.py --model Qwen/Qwen2.5-Math-1.5B runs/NAME --benchmarks math500 aime24
+    python eval.py --compare evals/FOLDER evals/FOLDER    # answers made earlier
+    python eval.py --help                                 # every flag and its default
+
+Every figure is a mean over problems with its standard error. Models are called A, B and so on, and
+each is compared with A problem by problem.
+
+  avg@k, pass@1    share of right answers among the k to a problem, or of the only one
+  pass@j           chance that at least one of j answers is right (unbiased, from all k)
+  maj@k            share of problems whose most frequent answer is right
+  response tokens  length of an answer, its end token included
+  truncated        share of answers without an end; a prompt too long for the context counts here
   no box           share of answers without a closed \\boxed{}
-OUT/MODEL-BENCHMARK/ gets problems.jsonl, a line each, and summary.json, figures and protocol. After a kill the same
-command goes on and ends in the same files and table. Flags (the parser reads them here): type, default, meaning.
-what is compared
-  --model            list   -  hub ids, model folders, runs (newest whole checkpoint); without: bundled and newest run
-  --benchmarks       list   demo  of demo, math500, olympiadbench, minerva, aime24, amc23, gsm8k, or data files
-  --limit            count  -  only the first so many problems of each
-  --question-column  str    -  of a data file (.jsonl, .json, .parquet), if not found by its usual names
-  --answer-column    str    -  of a data file, if not found by its usual names
-how answers are made
-  --template         str    -  qwen-math (if the tokenizer knows <|im_end|>), none (else), chat, or a text file
-  --samples          count  1  k, answers to a problem
-  --temperature      float  0  0 is greedy; above it all tokens are sampled from, without top-k and top-p
-  --max-new-tokens   count  -  of an answer; without: 3072, or 3/4 of the context if that is less; demo 64
-  --seed             int    0  of sampling; every batch has its own stream
-speed and output
-  --max-rows         count  256  answers made at a time; bounds the KV cache, the flag to lower when memory runs out
-  --device           auto|cpu|cuda  auto  where to run
-  --dtype            auto|float32|bfloat16  auto  bfloat16 on CUDA, else float32
-  --out              str    -  output folder; without: evals, with a folder of its own for every protocol
-Exit status: 0 done; 1 a hub benchmark is missing, the others ran; 2 bad input, full disk or memory; 130 interrupted.
+
+A model's answers to a benchmark are in one folder: problems.jsonl, a line for each problem, and
+summary.json, the figures and the protocol. A command that was stopped goes on when it is repeated.
 """
-import argparse, hashlib, json, math, re, sys, textwrap, time
+import argparse
+import dataclasses
+import fcntl
+import gc
+import hashlib
+import json
+import math
+import random
+import re
+import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Literal
 
 import torch
 import transformers
 from tqdm import tqdm
-from treerpo import (HERE, BadInput, append_jsonl, build_prompt, extract_boxed, grade, is_equiv, load_model,
-                     load_questions, load_template, make_decoding, newest_checkpoint, require, sample_trees)
+from transformers import HfArgumentParser
 
-BENCHMARKS = {  # name: data file or hub ID:CONFIG:SPLIT, column of the question, column of the answer
+from treerpo import (
+    HERE,
+    BadInput,
+    Decoding,
+    HelpFormatter,
+    Status,
+    add_workspace,
+    append_jsonl,
+    build_prompt,
+    choose_device,
+    escape_unprintable,
+    extract_boxed,
+    flag,
+    is_equiv,
+    load_config,
+    load_model,
+    load_questions,
+    load_template,
+    load_tokenizer,
+    make_decoding,
+    newest_checkpoint,
+    read_jsonl,
+    require,
+    sample_trees,
+    verify_leaves,
+)
+
+# Name: data file or hub ID:CONFIG:SPLIT, column of the question, column of the answer.
+BENCHMARKS = {
     "demo": (f"{HERE}/demo/test.jsonl", "question", "answer"),
     "math500": ("HuggingFaceH4/MATH-500::test", "problem", "answer"),
     "olympiadbench": ("Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", "question", "final_answer"),
     "minerva": ("math-ai/minervamath::test", "question", "answer"),
     "aime24": ("HuggingFaceH4/aime_2024::train", "problem", "answer"),
     "amc23": ("math-ai/amc23::test", "question", "answer"),
-    "gsm8k": ("openai/gsm8k:main:test", "question", "answer")}
+    "gsm8k": ("openai/gsm8k:main:test", "question", "answer"),
+}
+# Columns by which scores are shown, where the data has them.
+GROUP_COLUMNS = ("subject", "subfield", "type", "category", "level")
+MOST_GROUPS = 20  # a column with more values than this names problems, not kinds of problems
+# What the line below a table always says of the protocol.
+SHOWN = ("samples", "temperature", "max_new_tokens", "seed", "dtype", "template")
 
-# ------------------------------------------------------------------------------------------ figures, noise, differences
-def pass_at_k(n, c, k):
-    """Share of the k-subsets of n samples that hold one of c right ones; unbiased (Chen et al., arXiv 2107.03374)."""
+
+# ------------------------------------------------------------------------------------ Settings
+@dataclass
+class ComparisonSettings:
+    _argument_group_name = "what is compared"
+    model: list[str] | None = flag(
+        None, "hub ids, folders or runs; without it the bundled model and the newest finished run"
+    )
+    benchmarks: list[str] = flag(["demo"], f"of {', '.join(BENCHMARKS)}, or data files")
+    limit: int | None = flag(None, "only the first so many problems of each")
+    question_column: str | None = flag(None, "of a data file, if not found by usual names")
+    answer_column: str | None = flag(None, "of a data file, if not found by usual names")
+    compare: list[str] | None = flag(None, "folders of answers to compare, nothing is sampled")
+
+
+@dataclass
+class AnswerSettings:
+    _argument_group_name = "how answers are made"
+    template: str | None = flag(
+        None, "qwen-math (if the tokenizer knows its tokens), none (else), chat, or a text file"
+    )
+    samples: int = flag(8, "k, answers to a problem [paper §4]; 1 if they are greedy")
+    temperature: float = flag(0.6, "of sampling from all tokens [paper §4]; 0 is greedy")
+    max_new_tokens: int = flag(1152, "longest answer [paper §4]")
+    seed: int = flag(0, "of sampling [ours]")
+
+
+@dataclass
+class SpeedSettings:
+    _argument_group_name = "speed and output"
+    max_rows: int = flag(512, "answers of one generate call; lower it when memory runs out [ours]")
+    compile: Literal["auto", "on", "off"] = flag(
+        "auto", "decode by CUDA graphs over one static KV cache; auto: on CUDA [ours]"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: bfloat16 on CUDA [ours]")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
+    out: str | None = flag(
+        None, "folder of the answers' folders; without it evals/, by the protocol"
+    )
+
+
+GROUPS = [ComparisonSettings, AnswerSettings, SpeedSettings]
+
+
+@dataclass
+class Settings(SpeedSettings, AnswerSettings, ComparisonSettings):
+    """All settings of one benchmark."""
+
+
+DEMO = {"temperature": 1.0, "max_new_tokens": 64}  # what the bundled model is trained with
+
+
+# --------------------------------------------------------------- Figures, noise and differences
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Share of the k-subsets of n answers that hold one of c right ones (arXiv 2107.03374)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
-def majority(answers, correct):
-    """[k] boxes (None: has no vote) and their verdicts 0/1 -> that on the most frequent; of a tie on the first seen."""
-    counts = Counter(filter(None, answers))
-    votes = {a: sum(n for b, n in counts.items() if is_equiv(a, b)) for a in counts}
-    return correct[answers.index(max(votes, key=votes.get))] if votes else 0
 
-def figures(rows):
-    """n lines of problems.jsonl, k answers each -> {figure: [n] values, shares in percent}, the score first."""
-    k, right = len(rows[0]["correct"]), [sum(row["correct"]) for row in rows]
-    values = {f"avg@{k}" if k > 1 else "pass@1": [100 * c / k for c in right]}
-    for j in sorted({2 ** i for i in range(1, k.bit_length())} | {k} - {1}):
-        values[f"pass@{j}"] = [100 * pass_at_k(k, c, j) for c in right]
+def majority(boxes: list[str | None], correct: list[int]) -> int:
+    """The verdict on the most frequent of k boxes: 0 or 1. Equal answers count together, no box
+    has no vote, and of a tie the first one wins."""
+    counts = Counter(box for box in boxes if box)
+    most_votes = 0
+    verdict = 0
+    for box in counts:
+        votes = sum(n for other, n in counts.items() if is_equiv(box, other))
+        if votes > most_votes:
+            most_votes = votes
+            verdict = correct[boxes.index(box)]
+    return verdict
+
+
+def scores(rows: list[dict]) -> list[float]:
+    """Lines of problems.jsonl -> the percentage of right answers of each."""
+    return [100 * fmean(row["correct"]) for row in rows]
+
+
+def figures(rows: list[dict]) -> dict[str, list[float]]:
+    """n lines of problems.jsonl -> the n values of each figure, the score first."""
+    k = len(rows[0]["correct"])
+    right = [sum(row["correct"]) for row in rows]
+    values = {}
+    values[f"avg@{k}, %" if k > 1 else "pass@1, %"] = scores(rows)
+    powers_of_two = [2**i for i in range(1, k.bit_length())]
+    for j in sorted({*powers_of_two, k}):
+        if j > 1:
+            values[f"pass@{j}, %"] = [100 * pass_at_k(k, c, j) for c in right]
     if k > 1:
-        values[f"maj@{k}"] = [100 * majority(row["extracted"], row["correct"]) for row in rows]
-    return {**values, "response tokens": [sum(row["tokens"]) / k for row in rows],
-            "truncated": [100 * sum(row["truncated"]) / k for row in rows],
-            "no box": [100 * row["extracted"].count(None) / k for row in rows]}
-
-def mean_se(values):
-    """[n] -> (mean, its standard error sqrt(s^2 / n), s^2 over n - 1; not a number for a single value)."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
-
-def sign_flip_p(differences):
-    """Exact two-sided paired test. differences [n]: right answers of one model minus the other's, whole numbers. Were
-    the models equal, each would be as likely with the other sign: p is the share of all 2^n choices of signs whose sum
-    is as far from 0. McNemar's exact test for one answer a problem, as exact for k. chance[i]: that of sums[i]."""
-    sizes = [abs(d) for d in differences if d]
-    sums = torch.arange(-sum(sizes), sum(sizes) + 1)
-    chance = (sums == 0).double()
-    for size in sizes:
-        chance = (chance.roll(size) + chance.roll(-size)) / 2
-    return min(1.0, chance[sums.abs() >= abs(sum(differences))].sum().item())
-
-def side_by_side(models):
-    """figures() of m models -> {figure: [2m - 1] (mean, standard error)}: of each, of each later minus the first."""
-    first, *others = models
-    gains = [{name: [b - a for a, b in zip(first[name], other[name])] for name in first} for other in others]
-    return {name: [mean_se(values[name]) for values in (*models, *gains)] for name in first}
-
-def average(tables):
-    """side_by_side() of each benchmark -> their plain mean; errors of different benchmarks are independent."""
-    return {name: [(math.fsum(m for m, _ in cells) / len(cells), math.hypot(*(se for _, se in cells)) / len(cells))
-                   for cells in zip(*(table[name] for table in tables))] for name in tables[0]}
-
-def render(title, table):
-    """side_by_side() -> aligned lines of text; the models are A, B, C, and so on."""
-    letters = [chr(ord("A") + i) for i in range(len(table["no box"]) // 2 + 1)]
-    lines = [[title, *letters, *(f"{letter} - A" for letter in letters[1:])]]
-    for name, cells in table.items():
-        unit, digits = ("", 2) if name == "response tokens" else (", %", 1)
-        lines.append([f"  {name}{unit}"])
-        for i, (mean, se) in enumerate(cells):
-            error = "" if math.isnan(se) else f" ± {se:.{digits}f}"
-            lines[-1].append(f"{mean:{'+' * (i >= len(letters))}.{digits}f}" + error)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["   ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-
-def verdict(letter, first, other, k):
-    """Is what a model gains or loses against the first, in score and in length, more than noise? -> a line of text."""
-    score, noise = next(iter(first)), {True: "inside the noise", False: "beyond the noise"}
-    p = sign_flip_p([round((b - a) * k / 100) for a, b in zip(first[score], other[score])])
-    longer, se = mean_se([b - a for a, b in zip(first["response tokens"], other["response tokens"])])
-    return (f"  {letter} - A: {score} {noise[p >= 0.05]} (exact paired sign-flip test, p = {p:.2g}), "
-            f"length {noise[not abs(longer) > 1.96 * se]} (1.96 standard errors)")
-
-# ------------------------------------------------------------------------------------ one model on one benchmark: a job
-def sha(*texts):
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-def revision(name):
-    """Commit of a hub model; of a folder a SHA-256 over its files, those of the optimiser aside."""
-    files = [p for p in sorted(Path(name).glob("*")) if p.is_file() and p.name != "trainer_state.pt"]
-    texts = [p.name + hashlib.file_digest(p.open("rb"), "sha256").hexdigest() for p in files]
-    return sha(*texts) if files else Path(transformers.utils.cached_file(name, "config.json")).parent.name
-
-def write_summary(folder, protocol, results):
-    (folder / "summary.tmp").write_text(json.dumps(dict(protocol=protocol, results=results), indent=1) + "\n")
-    (folder / "summary.tmp").replace(folder / "summary.json")  # whole at any moment
-
-def make_job(name, model, tokenizer, benchmark, questions, args):
-    """Build the prompts, fix the protocol, open the folder. -> all that run_job needs. Raises BadInput."""
-    context, template = model.config.max_position_embeddings, load_template(args.template, tokenizer)
-    budget = args.max_new_tokens or (64 if benchmark == "demo" else min(3072, context * 3 // 4))
-    questions = [{**q, "prompt": build_prompt(q["question"], template, tokenizer)} for q in questions]
-    fit = {q["id"] for q in questions if 0 < len(q["prompt"]) <= context - budget}
-    require(fit, f"--max-new-tokens {budget}: no prompt of {benchmark} fits with it into {name}'s context of {context}")
-    decoding = make_decoding(model, tokenizer, args.temperature, args.max_rows)
-    protocol = dict(
-        model=shown(name), revision=revision(name), benchmark=benchmark, problems=len(questions),
-        dataset=shown(BENCHMARKS.get(benchmark, [benchmark])[0]), prompts_too_long=len(questions) - len(fit),
-        fingerprint=sha(*(json.dumps([q["question"], q["answer"]]) for q in questions)), max_new_tokens=budget,
-        template=template, samples=args.samples, seed=args.seed, max_rows=args.max_rows, dtype=args.dtype,
-        decoding=f"temperature {args.temperature:g}" if args.temperature else "greedy", eos_ids=[*decoding.eos_ids],
-        vocabulary=decoding.n_tokens, torch=torch.__version__, transformers=transformers.__version__,
-        python=sys.version.split()[0], device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        code=sha(*((HERE / file).read_text("utf-8") for file in ("eval.py", "treerpo.py"))))
-    exact = (args.device, args.dtype, args.temperature) == ("cpu", "float32", 0)  # else rounding depends on max_rows
-    fixed = {key: value for key, value in protocol.items() if key != "max_rows" or not exact}
-    slug = re.sub(r"[^\w.]+", "-", f"{shown(name)}-{Path(benchmark).with_suffix('')}")[-150:].strip("-.")
-    folder = Path(args.out) / slug if args.out else Path("evals") / f"{slug}-{sha(json.dumps(fixed))[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = folder / "summary.json"
-    try:
-        saved = json.loads(summary.read_bytes()) if summary.exists() else dict(protocol=protocol, results=None)
-    except ValueError as e:
-        raise BadInput(f"--out: {summary} cannot be read ({e}); remove its folder or choose another --out") from e
-    for key, new in fixed.items():
-        old = saved["protocol"].get(key)
-        require(old == new, f"--out: {folder} has answers with {key} {old!r:.60}, not {new!r:.60}; choose another one")
-    write_summary(folder, protocol, saved["results"])
-    return argparse.Namespace(model=model, tokenizer=tokenizer, questions=questions, fit=fit, decoding=decoding,
-                           k=args.samples, budget=budget, protocol=protocol, folder=folder)
-
-def answered(path, order, width):
-    """The lines that a killed run left of these problems, in whole batches of width; cuts the file to them. A torn
-    batch is done again whole: samples depend on the rows beside them. So are two runs' lines that got mixed."""
-    lines = path.read_bytes().splitlines(True) if path.exists() else []
-    fit = [line.startswith(b'{"id": %d,' % q["id"]) and line.endswith(b"}\n") for line, q in zip(lines, order)]
-    whole = [*fit, False].index(False)
-    lines = lines[:whole if whole == len(order) else whole // width * width]
-    with path.open("ab") as file:
-        file.truncate(sum(map(len, lines)))
-    return list(map(json.loads, lines))
-
-def answer(job, batch):
-    """k answers to each problem of a batch, made in one call and graded. -> their lines of problems.jsonl."""
-    fit, names = [q for q in batch if q["id"] in job.fit], ("outputs", "extracted", "correct", "tokens", "truncated")
-    trees = sample_trees(job.model, [q["prompt"] for q in fit], [job.k], [job.budget], job.decoding) if fit else []
-    graded = ((text, extract_boxed(text), int(leaf.reward), len(leaf.tokens), not leaf.done)
-              for leaf, text in zip(*grade(trees, fit, job.tokenizer)))
-    rows = [(q, [next(graded) if q["id"] in job.fit else ("", None, 0, 0, True) for _ in range(job.k)]) for q in batch]
-    return [dict(id=q["id"], question=q["question"], gold=q["answer"], **dict(zip(names, map(list, zip(*answers)))))
-            for q, answers in rows]
-
-def run_job(job):
-    """Answer what is not answered yet, write the summary. -> figures(), problems in the order of the data."""
-    order = sorted(job.questions, key=lambda q: (-len(q["prompt"]), q["id"]))  # longest first: no late surprise
-    width, path = max(1, job.decoding.max_rows // job.k), job.folder / "problems.jsonl"
-    rows, tokens, start = answered(path, order, width), 0, time.perf_counter()
-    with tqdm(total=len(order), initial=len(rows), desc=job.folder.name) as bar:
-        for i in range(len(rows), len(order), width):
-            batch = order[i:i + width]
-            torch.manual_seed(int(sha(f"{job.protocol['seed']} {i}", *(q["question"] for q in batch))[:15], 16))
-            rows += answer(job, batch)
-            append_jsonl(path, rows[i:])
-            tokens += sum(sum(row["tokens"]) for row in rows[i:])
-            score = sum(sum(row["correct"]) for row in rows) / len(rows) / job.k
-            bar.set_postfix_str(f"score {score:.1%}, {tokens / (time.perf_counter() - start):.0f} tokens/s")
-            bar.update(len(batch))
-    values = figures(sorted(rows, key=lambda row: row["id"]))  # the order that all models share
-    pairs = {name: mean_se(column) for name, column in values.items()}
-    write_summary(job.folder, job.protocol, {name: [m, se if se == se else None] for name, (m, se) in pairs.items()})
+        values[f"maj@{k}, %"] = [100 * row["majority"] for row in rows]
+    values["response tokens"] = [fmean(row["tokens"]) for row in rows]
+    values["truncated, %"] = [100 * fmean(row["truncated"]) for row in rows]
+    values["no box, %"] = [100 * row["extracted"].count(None) / k for row in rows]
     return values
 
-# ----------------------------------------------------------------------------------------------------------------- main
-def note(text):
-    print("eval.py:", *text.split(), file=sys.stderr)  # one line, whatever the message holds
-def shown(name):
-    return str(name).replace(f"{HERE}/", "")  # bundled files: one name wherever they lie
 
-def parse_args(argv):
-    """Command line -> namespace of all flags. Raises BadInput."""
-    parser = argparse.ArgumentParser(prog="eval.py", usage="python eval.py [flags]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: require(False, message)
-    for line in re.findall(r"^  (--.*)", __doc__, re.M):
-        flag, kind, default, _ = re.split(" +", line, maxsplit=3)
-        read = dict(count=int, float=float, int=int).get(kind, str)
-        parser.add_argument(flag, help=argparse.SUPPRESS, type=read, nargs="+" if kind == "list" else None,
-                            default=None if default == "-" else [default] if kind == "list" else read(default),
-                            choices=kind.split("|") if "|" in kind else None)
-    args, cuda = parser.parse_args(argv), torch.cuda.is_available()
-    for name in ("limit", "samples", "max_new_tokens", "max_rows"):
-        n = getattr(args, name)
-        require(n is None or n > 0, f"--{name.replace('_', '-')}: {n} must be above zero")
-    fine = args.temperature == 0 or 0.001 <= args.temperature < math.inf
-    require(fine, f"--temperature {args.temperature}: give 0 for greedy, or 0.001 and more")
-    require(args.samples == 1 or args.temperature, f"--samples {args.samples}: greedy is one; add --temperature")
-    for name in args.benchmarks:
-        require(name in BENCHMARKS or Path(name).suffix in (".jsonl", ".json", ".parquet"),
-                f"--benchmarks {name}: not one of {', '.join(BENCHMARKS)} or a .jsonl, .json or .parquet file")
-    require(cuda or args.device != "cuda", "--device cuda: there is no CUDA GPU; use --device cpu")
-    args.device = "cuda" if cuda and args.device != "cpu" else "cpu"
-    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if args.device == "cuda" else "float32"
-    return args
+@dataclass(frozen=True)
+class Cell:
+    """A mean over problems and its standard error, which is not a number for a single problem."""
+    mean: float
+    error: float
 
-def read_benchmarks(args):
-    """-> {benchmark: questions}; a hub benchmark that cannot be read is named and left out. Raises BadInput."""
+
+def mean_and_error(values: list[float]) -> Cell:
+    """[n] -> their mean and sqrt(s^2 / n), with s^2 over n - 1."""
+    n = len(values)
+    mean = fmean(values)
+    if n == 1:
+        return Cell(mean, math.nan)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return Cell(mean, math.sqrt(variance / n))
+
+
+def cells_of(columns: list[list[float]]) -> list[Cell]:
+    """A column for each model -> a cell for each, then one for each later model minus the first.
+    The differences are taken problem by problem, so that what is common to both cancels."""
+    first = columns[0]
+    cells = [mean_and_error(column) for column in columns]
+    for later in columns[1:]:
+        cells.append(mean_and_error([b - a for a, b in zip(first, later)]))
+    return cells
+
+
+def mean_of_cells(cells: list[Cell]) -> Cell:
+    """The plain mean over benchmarks; their errors are independent."""
+    n = len(cells)
+    mean = fmean([cell.mean for cell in cells])
+    return Cell(mean, math.hypot(*[cell.error for cell in cells]) / n)
+
+
+def sign_flip_p(differences: list[int]) -> float:
+    """Exact two-sided paired test of n differences in numbers of right answers.
+
+    If two models were equal, each difference would be as likely with the other sign: p is the
+    share of all 2^n choices of signs whose sum is at least as far from 0 as the one seen. With one
+    answer to a problem it is McNemar's exact test.
+    """
+    largest = sum(abs(difference) for difference in differences)
+    sums = torch.arange(-largest, largest + 1)
+    chance = (sums == 0).double()  # of each sum, over the choices of signs so far
+    for difference in differences:
+        chance = (chance.roll(difference) + chance.roll(-difference)) / 2
+    as_far = sums.abs() >= abs(sum(differences))
+    return min(1.0, chance[as_far].sum().item())
+
+
+# ------------------------------------------------------------------------------------ The table
+def letter(i: int) -> str:
+    return chr(ord("A") + i)
+
+
+def cell_text(cell: Cell, form: str) -> str:
+    """12.3 ± 0.4, or +12.3 ± 0.4 by the form +.1f"""
+    if math.isnan(cell.error):
+        return f"{cell.mean:{form}}"
+    return f"{cell.mean:{form}} ± {cell.error:.1f}"
+
+
+def table_lines(title: str, rows: dict[str, list[Cell]]) -> list[str]:
+    """{name: cells_of(...)} -> aligned lines of text."""
+    n_cells = len(next(iter(rows.values())))
+    n_models = (n_cells + 1) // 2
+    header = [title]
+    header += [letter(i) for i in range(n_models)]
+    header += [f"{letter(i)} - A" for i in range(1, n_models)]
+    lines = [header]
+    for name, cells in rows.items():
+        texts = [cell_text(cell, ".1f") for cell in cells[:n_models]]
+        texts += [cell_text(cell, "+.1f") for cell in cells[n_models:]]
+        lines.append([f"  {name}", *texts])
+    widths = [max(len(text) for text in column) for column in zip(*lines)]
+    aligned = []
+    for line in lines:
+        texts = [line[0].ljust(widths[0])]
+        texts += [text.rjust(width) for text, width in zip(line[1:], widths[1:])]
+        aligned.append("   ".join(texts))
+    return aligned
+
+
+def in_group(rows: list[dict], column: str, name: str) -> list[dict]:
+    return [row for row in rows if row["groups"].get(column) == name]
+
+
+def group_cells(models: list[list[dict]]) -> dict[str, list[Cell]]:
+    """The lines of each model -> scores by subject, level and the like."""
+    table = {}
+    for column in GROUP_COLUMNS:
+        names = {row["groups"].get(column) for row in models[0]} - {None}
+        if not 2 <= len(names) <= MOST_GROUPS:
+            continue
+        for name in sorted(names):
+            members = [in_group(rows, column, name) for rows in models]
+            label = f"{column} {name} ({len(members[0])})"
+            table[label] = cells_of([scores(rows) for rows in members])
+    return table
+
+
+def verdict(name: str, first: list[dict], later: list[dict]) -> str:
+    """Is what a model gains or loses against A more than chance? -> a line of text."""
+    differences = [sum(b["correct"]) - sum(a["correct"]) for a, b in zip(first, later)]
+    p = sign_flip_p(differences)
+    place = "beyond" if p < 0.05 else "inside"
+    return f"  {name} - A is {place} the noise (exact paired sign-flip test, p = {p:.2g})"
+
+
+def protocol_line(protocols: list[dict]) -> str:
+    """What the scores depend on most, and whatever else is not the same for all models."""
+    words = []
+    for key in protocols[0]:
+        values = [str(protocol.get(key)) for protocol in protocols]
+        different = list(dict.fromkeys(values))
+        if key in ("model", "revision"):
+            continue
+        if key not in SHOWN and len(different) == 1:
+            continue
+        texts = [json.dumps(f"{value:.24}").strip('"') for value in different]
+        words.append(f"{key} {' / '.join(texts)}")
+    return f"  protocol: {', '.join(words)}"
+
+
+# ----------------------------------------------------------------------- Folders with answers
+@dataclass
+class Answers:
+    """One model's finished answers to a benchmark."""
+    folder: Path
+    protocol: dict
+    rows: list[dict]                        # of problems.jsonl, in the order of the data
+
+
+def load_answers(folder: Path) -> Answers:
+    """Raises BadInput."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        protocol = summary["protocol"]
+        rows = read_jsonl(folder / "problems.jsonl")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{folder}: these are no answers of eval.py ({error!r:.200}); give a folder with "
+            "summary.json and problems.jsonl"
+        ) from error
+    require(
+        len(rows) == protocol["problems"],
+        f"{folder}: {len(rows)} of {protocol['problems']} problems are answered; repeat the "
+        "command that made it",
+    )
+    rows.sort(key=lambda row: row["id"])
+    return Answers(folder, protocol, rows)
+
+
+def check_comparable(models: list[Answers]) -> None:
+    """Raises BadInput unless all of them answer the same questions as often."""
+    first = models[0]
+    for other in models[1:]:
+        for key in ("benchmark", "samples", "fingerprint"):
+            old = first.protocol[key]
+            new = other.protocol[key]
+            require(
+                old == new,
+                f"--compare: {first.folder} has {key} {old!r} and {other.folder} has {new!r}; "
+                "compare as many answers to the same questions",
+            )
+
+
+def benchmark_cells(models: list[Answers]) -> dict[str, list[Cell]]:
+    values = [figures(model.rows) for model in models]
+    table = {}
+    for name in values[0]:
+        table[name] = cells_of([value[name] for value in values])
+    return table
+
+
+def benchmark_lines(models: list[Answers]) -> list[str]:
+    """The table of one benchmark and what belongs to it."""
+    protocol = models[0].protocol
+    rows = [model.rows for model in models]
+    title = f"{protocol['benchmark']}, {protocol['problems']} problems"
+    lines = table_lines(title, {**benchmark_cells(models), **group_cells(rows)})
+    for i, later in enumerate(rows[1:], start=1):
+        lines.append(verdict(letter(i), rows[0], later))
+    lines.append(protocol_line([model.protocol for model in models]))
+    folders = [str(model.folder) for model in models]
+    lines.append(f"  answers and summary.json: {', '.join(folders)}")
+    return lines
+
+
+def report(names: list[str], benchmarks: list[list[Answers]]) -> None:
+    """Print the tables of all benchmarks, and the mean of their scores."""
+    for i, name in enumerate(names):
+        print(f"{letter(i)} = {name}")
+    first_rows = []
+    for models in benchmarks:
+        print("", *benchmark_lines(models), sep="\n")
+        table = benchmark_cells(models)
+        score = next(iter(table))
+        first_rows.append(table[score])
+    if len(benchmarks) > 1:
+        means = [mean_of_cells(list(cells)) for cells in zip(*first_rows)]
+        print("", *table_lines(f"mean of {len(benchmarks)} benchmarks", {score: means}), sep="\n")
+
+
+def compare(folders: list[str]) -> int:
+    """--compare -> exit status. Raises BadInput."""
+    require(len(folders) > 1, "--compare: give two folders of answers or more")
+    models = [load_answers(Path(folder)) for folder in folders]
+    check_comparable(models)
+    report([model.protocol["model"] for model in models], [models])
+    return 0
+
+
+# ------------------------------------------------------- A job: one model answers one benchmark
+@dataclass
+class Job:
+    settings: Settings
+    questions: list[dict]                   # with a "prompt", empty if it is too long
+    protocol: dict
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "problems.jsonl"
+
+    @property
+    def batch_size(self) -> int:
+        return max(1, self.settings.max_rows // self.settings.samples)
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        block = file.read(2**20)
+        while block:
+            digest.update(block)
+            block = file.read(2**20)
+    return digest.hexdigest()
+
+
+def revision(name: str) -> str:
+    """The commit of a hub model; of a folder a hash of its files, without the optimiser's."""
+    if not Path(name).is_dir():
+        config = transformers.utils.cached_file(name, "config.json")
+        return Path(config).parent.name
+    files = [path for path in sorted(Path(name).iterdir()) if path.is_file()]
+    texts = [path.name + file_hash(path) for path in files if path.name != "trainer_state.pt"]
+    return short_hash("\n".join(texts))
+
+
+def shown(name: str) -> str:
+    """A bundled file has the same name wherever the project lies."""
+    return name.removeprefix(f"{HERE}/")
+
+
+def add_prompts(
+    questions: list[dict], name: str, template: str, tokenizer: object, config: object, budget: int
+) -> list[dict]:
+    """The questions with their prompts, longest first: what needs most memory comes at once."""
+    longest = config.max_position_embeddings - budget
+    prepared = []
+    for question in tqdm(questions, "tokenizing", leave=False, delay=1):
+        prompt = build_prompt(question["question"], template, tokenizer)
+        top = max(prompt, default=0)
+        require(
+            top < config.vocab_size,
+            f"{name}: the prompt has token {tokenizer.convert_ids_to_tokens(top)!r} with id {top}, "
+            f"but the model knows ids below {config.vocab_size} only; use another --template",
+        )
+        if len(prompt) > longest:
+            prompt = []
+        prepared.append({**question, "prompt": prompt})
+    require(
+        any(question["prompt"] for question in prepared),
+        f"--max-new-tokens {budget}: no prompt fits with so long an answer into {name}'s context "
+        f"of {config.max_position_embeddings} tokens; lower it",
+    )
+    prepared.sort(key=lambda question: (-len(question["prompt"]), question["id"]))
+    return prepared
+
+
+def make_protocol(
+    benchmark: str, questions: list[dict], template: str, settings: Settings
+) -> dict:
+    """All that the answers depend on besides the model, for summary.json."""
+    source = BENCHMARKS[benchmark][0] if benchmark in BENCHMARKS else benchmark
+    device = choose_device(settings.device)
+    asked = [[q["id"], q["question"], q["answer"]] for q in questions]
+    code = [path.read_text("utf-8") for path in (HERE / "treerpo.py", Path(__file__))]
+    return {
+        "benchmark": benchmark,
+        "dataset": shown(source),
+        "problems": len(questions),
+        "prompts_too_long": sum(not question["prompt"] for question in questions),
+        "fingerprint": short_hash(json.dumps(sorted(asked))),
+        "template": template,
+        "samples": settings.samples,
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+        "max_rows": settings.max_rows,  # samples and rounding depend on the rows beside them
+        "compile": settings.compile,
+        "dtype": choose_dtype(settings.dtype, device),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+        "code": short_hash("\n".join(code)),
+    }
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    if dtype == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return dtype
+
+
+def write_summary(folder: Path, protocol: dict, results: dict | None) -> None:
+    text = json.dumps({"protocol": protocol, "results": results}, indent=1)
+    aside = folder / "summary.json.tmp"
+    aside.write_text(text + "\n")
+    aside.replace(folder / "summary.json")
+
+
+def open_folder(out: str | None, protocol: dict) -> Path:
+    """The folder for answers of this protocol. Raises BadInput if it has answers of another."""
+    benchmark = Path(protocol["benchmark"]).with_suffix("")
+    name = re.sub(r"[^\w.]+", "-", f"{protocol['model']}-{benchmark}")
+    name = name[-150:].strip("-.")
+    if out is not None:
+        folder = Path(out) / name
+    else:
+        folder = Path("evals") / f"{name}-{short_hash(json.dumps(protocol))[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "summary.json").exists():
+            write_summary(folder, protocol, None)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot write there ({error})") from error
+    try:
+        saved = json.loads((folder / "summary.json").read_bytes())["protocol"]
+    except (ValueError, KeyError) as error:
+        raise BadInput(
+            f"--out: {folder}/summary.json cannot be read ({error!r:.200}); remove the folder or "
+            "choose another --out"
+        ) from error
+    for key, new in protocol.items():
+        old = saved.get(key)
+        require(
+            old == new,
+            f"--out: {folder} has answers with {key} {old!r:.60}, not {new!r:.60}; choose another",
+        )
+    return folder
+
+
+def prepare_jobs(name: str, data: dict[str, list[dict]], given: dict) -> list[Job]:
+    """All jobs of a model, without its weights. Raises BadInput."""
+    tokenizer = load_tokenizer(name)
+    config = load_config(name)
+    of_model = {"model": shown(name), "revision": revision(name)}
+    jobs = []
+    for benchmark, questions in data.items():
+        settings = settings_for(benchmark, given)
+        template = load_template(settings.template, tokenizer, config.vocab_size)
+        prepared = add_prompts(
+            questions, name, template, tokenizer, config, settings.max_new_tokens
+        )
+        protocol = {**of_model, **make_protocol(benchmark, prepared, template, settings)}
+        folder = open_folder(settings.out, protocol)
+        if protocol["prompts_too_long"]:
+            print(
+                f"{benchmark}: {protocol['prompts_too_long']} prompts are too long for "
+                f"{shown(name)} and count as wrong and truncated"
+            )
+        jobs.append(Job(settings, prepared, protocol, folder))
+    return jobs
+
+
+def groups_of(question: dict) -> dict[str, str]:
+    """{"subject": "Algebra", "level": "5"} from the columns of the data."""
+    groups = {}
+    for column in GROUP_COLUMNS:
+        value = question["row"].get(column)
+        if type(value) in (str, int):
+            groups[column] = str(value)
+    return groups
+
+
+def new_row(question: dict) -> dict:
+    """A line of problems.jsonl, without answers."""
+    return {
+        "id": question["id"],
+        "question": question["question"],
+        "gold": question["answer"],
+        "groups": groups_of(question),
+        "outputs": [],
+        "extracted": [],
+        "correct": [],
+        "tokens": [],
+        "truncated": [],
+    }
+
+
+def add_answer(row: dict, text: str, correct: int, n_tokens: int, truncated: bool) -> None:
+    row["outputs"].append(text)
+    row["extracted"].append(extract_boxed(text))
+    row["correct"].append(correct)
+    row["tokens"].append(n_tokens)
+    row["truncated"].append(truncated)
+
+
+def answer_batch(
+    batch: list[dict],
+    samples: int,
+    budget: int,
+    model: torch.nn.Module,
+    tokenizer: object,
+    decoding: Decoding,
+) -> list[dict]:
+    """`samples` verified answers to each question -> a line of problems.jsonl for each."""
+    rows = [new_row(question) for question in batch]
+    asked = []
+    rows_asked = []
+    for question, row in zip(batch, rows):
+        if question["prompt"]:
+            asked.append(question)
+            rows_asked.append(row)
+        else:
+            for _ in range(samples):
+                add_answer(row, "", 0, 0, True)
+    prompts = [question["prompt"] for question in asked]
+    answers = [question["answer"] for question in asked]
+    trees = sample_trees(model, prompts, [samples], [budget], decoding)
+    leaves, texts = verify_leaves(trees, answers, tokenizer)
+    for leaf, text in zip(leaves, texts):
+        row = rows_asked[leaf.parent.question]
+        add_answer(row, text, int(leaf.reward), len(leaf.tokens), not leaf.done)
+    for row in rows:
+        row["majority"] = majority(row["extracted"], row["correct"])
+    return rows
+
+
+def is_answered(job: Job) -> bool:
+    return job.path.exists() and job.path.read_bytes().count(b"\n") == len(job.questions)
+
+
+def kept_rows(job: Job) -> list[dict]:
+    """The lines that a stopped command left, cut to whole batches: samples depend on the rows
+    beside them, so half a batch is answered again as a whole."""
+    job.path.touch()
+    lines = job.path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    n_kept = len(lines)
+    if n_kept < len(job.questions):
+        n_kept -= n_kept % job.batch_size
+    kept = lines[:n_kept]
+    aside = job.path.with_suffix(".tmp")
+    aside.write_bytes(b"".join(kept))
+    aside.replace(job.path)
+    return [json.loads(line) for line in kept]
+
+
+def lock_folder(folder: Path) -> object:
+    """-> a file that keeps other processes out until it is closed. Raises BadInput."""
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, also after a kill
+    except BlockingIOError as error:
+        lock.close()
+        raise BadInput(f"{folder}: another process is using this folder") from error
+    return lock
+
+
+def answer_job(
+    job: Job, model: torch.nn.Module, tokenizer: object, decoding: Decoding
+) -> None:
+    """Answer what is not answered yet, batch by batch."""
+    settings = job.settings
+    n_questions = len(job.questions)
+    with lock_folder(job.folder):
+        rows = kept_rows(job)
+        with tqdm(total=n_questions, initial=len(rows), desc=job.folder.name) as bar:
+            status = Status(bar)
+            decoding = dataclasses.replace(
+                decoding, temperature=settings.temperature, progress=status.tokens
+            )
+            for start in range(len(rows), n_questions, job.batch_size):
+                score = f"score {fmean(scores(rows)):.1f} %, " if rows else ""
+                status.phase(f"{score}this batch")
+                batch = job.questions[start:start + job.batch_size]
+                torch.manual_seed(random.Random(f"{settings.seed} {start}").getrandbits(63))
+                answered = answer_batch(
+                    batch, settings.samples, settings.max_new_tokens, model, tokenizer, decoding
+                )
+                append_jsonl(job.path, answered)
+                rows += answered
+                bar.update(len(answered))
+
+
+def answer_jobs(name: str, jobs: list[Job]) -> None:
+    """Load a model if anything is left to answer, and answer it. Raises BadInput."""
+    todo = [job for job in jobs if not is_answered(job)]
+    if not todo:
+        return
+    settings = todo[0].settings
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    print(f"loading {shown(name)} on {device} in {dtype}", flush=True)
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, device, getattr(torch, dtype))
+    decoding = make_decoding(model, tokenizer, settings.temperature, settings.max_rows)
+    lengths = []
+    for job in todo:
+        longest_prompt = len(job.questions[0]["prompt"])
+        lengths.append(longest_prompt + job.settings.max_new_tokens)
+    decoding = add_workspace(model, decoding, max(lengths), settings.compile)
+    for job in todo:
+        answer_job(job, model, tokenizer, decoding)
+
+
+def free_memory(device: str) -> None:
+    """Make room for the next model. CUDA graphs hold what they were recorded with."""
+    if device == "cuda":
+        torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def summarise(job: Job) -> Answers:
+    """Write the figures into summary.json -> the answers."""
+    answers = load_answers(job.folder)
+    results = {}
+    for name, values in figures(answers.rows).items():
+        cell = mean_and_error(values)
+        error = None if math.isnan(cell.error) else cell.error
+        results[name] = {"mean": cell.mean, "standard_error": error}
+    write_summary(job.folder, job.protocol, results)
+    return answers
+
+
+# --------------------------------------------------------------------- Benchmarks and models
+def read_benchmarks(settings: Settings) -> dict[str, list[dict]]:
+    """The questions of each benchmark. One on the hub that cannot be read is named and left out;
+    anything else that cannot raises BadInput."""
     data = {}
-    for name in args.benchmarks:
+    for name in settings.benchmarks:
+        columns = (name, settings.question_column, settings.answer_column)
         try:
-            columns = BENCHMARKS.get(name, (name, args.question_column, args.answer_column))
-            data[name] = load_questions(*columns, skip_unanswered=True)  # their number is printed
-        except BadInput as e:
+            questions = load_questions(*BENCHMARKS.get(name, columns), skip_unanswered=True)
+        except BadInput as error:
             if name == "demo" or name not in BENCHMARKS:
                 raise
-            note(f"{name} is missing: {e}. A local copy does, too: --benchmarks {name}.jsonl")
-    return {name: questions[:args.limit] for name, questions in data.items()}
+            print(
+                f"eval.py: {name} is missing: {error}. A local copy does, too: --benchmarks FILE",
+                file=sys.stderr,
+            )
+            continue
+        data[name] = questions[:settings.limit]
+    return data
 
-def find_models(names):
-    """--model -> list of what load_model takes: of a run its newest whole checkpoint."""
-    runs = sorted(filter(None, map(newest_checkpoint, Path("runs").glob("*"))), key=lambda run: run.stat().st_mtime)
-    return [str(newest_checkpoint(name) or name) for name in names or [HERE / "demo/model", *runs[-1:]]]
 
-def evaluate(args):
-    """Every model on every benchmark, then the tables and the protocols. -> exit status."""
-    data = read_benchmarks(args)
-    names, jobs, values, tables = find_models(args.model) if data else [], [], [], []
-    for name in names:  # all before the first answer: a mistake shows at once
-        require(not (Path(name) / "metrics.jsonl").exists(), f"--model {name}: a run without a whole checkpoint")
-        _, model, tokenizer = load_model(name, "cpu", args.dtype)
-        jobs.append([make_job(name, model, tokenizer, benchmark, data[benchmark], args) for benchmark in data])
-    for row in jobs:
-        row[0].model.to(args.device)
-        values.append([run_job(job) for job in row])
-        row[0].model.to("cpu")  # room for the next
-    lines = [f"{chr(ord('A') + i)} = {shown(name)}" for i, name in enumerate(names)]
-    lines += ["no run with a whole checkpoint under runs/ to compare with"] * (not args.model and len(names) == 1)
-    for (benchmark, questions), (first, *others) in zip(data.items(), zip(*values)):
-        tables.append(side_by_side([first, *others]))
-        lines += ["", *render(f"{benchmark}, {len(questions)} problems", tables[-1])]
-        lines += [verdict(chr(ord("B") + i), first, other, args.samples) for i, other in enumerate(others)]
-    lines += ["", *render(f"mean of {len(tables)} benchmarks", average(tables))] if len(tables) > 1 else []
-    for job in sum(jobs, []):
-        text = f"{job.folder}: " + ", ".join(f"{key} {json.dumps(value)}" for key, value in job.protocol.items())
-        lines += ["", textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False)]
-    print(*lines, sep="\n", end="\n" * bool(lines))
-    return int(len(data) < len(set(args.benchmarks)))
-
-def main(argv=None):
+def is_finished(run: Path) -> bool:
+    """Whether this is a run's folder whose log has reached its last step."""
     try:
-        return evaluate(parse_args(argv))
-    except (BadInput, OSError, MemoryError, RuntimeError) as e:
-        if type(e) is RuntimeError and "memory" not in str(e):  # a full CPU memory is a plain one
-            raise
-        note(f"error: {e}")
-        return 2
+        steps = json.loads((run / "config.json").read_bytes())["steps"]
+        rows = read_jsonl(run / "metrics.jsonl")
+        return rows[-1]["step"] == steps and newest_checkpoint(run) is not None
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return False
+
+
+def newest_finished_run() -> Path | None:
+    finished = [run for run in Path("runs").glob("*") if is_finished(run)]
+    return max(finished, key=lambda run: (run / "metrics.jsonl").stat().st_mtime, default=None)
+
+
+def find_models(given: list[str] | None) -> list[str]:
+    """--model -> hub ids and folders; of a run its newest checkpoint. Raises BadInput."""
+    names = given
+    if names is None:
+        names = [str(HERE / "demo/model")]
+        run = newest_finished_run()
+        if run is None:
+            print("there is no finished run under runs/ to compare with")
+        else:
+            names.append(str(run))
+    found = []
+    for name in names:
+        checkpoint = newest_checkpoint(name)
+        is_run = (Path(name) / "metrics.jsonl").exists()
+        require(checkpoint or not is_run, f"--model {name}: this run has no checkpoint yet")
+        found.append(str(checkpoint or name))
+    return found
+
+
+def evaluate(settings: Settings, given: dict) -> int:
+    """Every model answers every benchmark; then the tables -> exit status. Raises BadInput."""
+    data = read_benchmarks(settings)
+    if not data:
+        return 1
+    names = find_models(settings.model)
+    jobs = [prepare_jobs(name, data, given) for name in names]
+    device = choose_device(settings.device)
+    for name, jobs_of_model in zip(names, jobs):
+        answer_jobs(name, jobs_of_model)
+        free_memory(device)
+    benchmarks = []
+    for jobs_of_benchmark in zip(*jobs):
+        benchmarks.append([summarise(job) for job in jobs_of_benchmark])
+    report([shown(name) for name in names], benchmarks)
+    missing = set(settings.benchmarks) - set(data)
+    return 1 if missing else 0
+
+
+# -------------------------------------------------------------------------------- Command line
+def make_parser() -> HfArgumentParser:
+    description, _, _ = __doc__.partition("\n\n")
+    return HfArgumentParser(
+        GROUPS,
+        prog="eval.py",
+        usage="python eval.py [flags]",
+        description=description,
+        epilog=(
+            f"The demo's answers are made with --temperature {DEMO['temperature']} and "
+            f"--max-new-tokens {DEMO['max_new_tokens']}. Exit status: 0 done, 1 a hub benchmark is "
+            "missing and the others ran, 2 bad input, full disk or memory, 130 interrupted."
+        ),
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def read_flags(argv: list[str] | None) -> dict:
+    """The flags that were given, and no others."""
+    not_given = object()
+    names = [entry.name for entry in dataclasses.fields(Settings)]
+    blank = argparse.Namespace(**dict.fromkeys(names, not_given))
+    parsed = vars(make_parser().parse_args(argv, blank))
+    return {name: value for name, value in parsed.items() if value is not not_given}
+
+
+def settings_for(benchmark: str, given: dict) -> Settings:
+    """Defaults, then the demo's or the greedy preset, then the flags that were given."""
+    preset = {}
+    if benchmark == "demo":
+        preset.update(DEMO)
+    if given.get("temperature") == 0:
+        preset["samples"] = 1
+    return Settings(**{**preset, **given})
+
+
+def check_settings(settings: Settings, given: dict) -> None:
+    """Raises BadInput."""
+    for name in ("limit", "samples", "max_new_tokens", "max_rows"):
+        number = getattr(settings, name)
+        dashed = name.replace("_", "-")
+        require(number is None or number > 0, f"--{dashed} {number}: it must be above 0")
+    temperature = settings.temperature
+    require(
+        temperature == 0 or 0.001 <= temperature < math.inf,
+        f"--temperature {temperature}: give 0 for greedy answers, or 0.001 and more",
+    )
+    require(
+        temperature > 0 or settings.samples == 1,
+        f"--samples {settings.samples}: all greedy answers are the same; leave it out, or give "
+        "--temperature above 0",
+    )
+    for name in settings.benchmarks:
+        require(
+            name in BENCHMARKS or Path(name).is_file(),
+            f"--benchmarks {name}: neither one of {', '.join(BENCHMARKS)} nor a data file",
+        )
+    own_data = set(settings.benchmarks) - set(BENCHMARKS)
+    for name in ("question_column", "answer_column"):
+        require(
+            own_data or name not in given,
+            f"--{name.replace('_', '-')} {given.get(name)}: it is for data files; the columns of "
+            "benchmarks are known",
+        )
+
+
+def check_compare(given: dict) -> None:
+    """Raises BadInput."""
+    others = [f"--{name.replace('_', '-')}" for name in given if name != "compare"]
+    require(
+        not others,
+        f"--compare: {', '.join(others)} has no effect on answers made earlier; leave it out",
+    )
+
+
+def run(argv: list[str] | None) -> int:
+    """Raises BadInput; argparse exits with status 2 by itself."""
+    given = read_flags(argv)
+    settings = settings_for("", given)
+    if settings.compare is not None:
+        check_compare(given)
+        return compare(settings.compare)
+    check_settings(settings, given)
+    return evaluate(settings, given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    escape_unprintable()
+    try:
+        return run(argv)
     except KeyboardInterrupt:
-        note("interrupted; the same command goes on from here")
+        print("eval.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except (BadInput, OSError) as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{type(error).__name__} {error}".lower():
+            raise
+        print(f"eval.py: error: out of memory, lower --max-rows ({error})", file=sys.stderr)
+        return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())

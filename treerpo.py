@@ -1200,7 +1200,7 @@ def compile_training(model: torch.nn.Module) -> None:
         model.set_attn_implementation("sdpa")
         for layer in layers:
             layer._compiled_call_impl = None
-        print(f"cannot compile the update ({error!s:.200}); it goes on about 1.4 times slower")
+        print(f"cannot compile the update ({one_line(error)}); it goes on about 1.4 times slower")
     model.zero_grad()
 
 
@@ -1430,6 +1430,11 @@ def require(condition: object, message: str) -> None:
         raise BadInput(message)
 
 
+def one_line(error: BaseException, length: int = 300) -> str:
+    """Messages of libraries have several lines."""
+    return " ".join(str(error).split())[:length]
+
+
 QWEN_MATH = (  # the prompt of Qwen2.5-Math's own evaluation
     "<|im_start|>system\nPlease reason step by step, and put your final answer within "
     "\\boxed{}.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -1448,7 +1453,7 @@ def chat_template(tokenizer: object) -> str:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the checkpoint's author
         raise BadInput(
-            f"--template chat: the tokenizer's chat template fails ({error!s:.200}); "
+            f"--template chat: the tokenizer's chat template fails ({one_line(error)}); "
             "give a text file with {question} in it"
         ) from error
     require("{question}" in text, "--template chat: that chat template drops the question")
@@ -1670,16 +1675,20 @@ def fit_prompts(
 # ---------------------------------------------------------------------------------- Models
 def from_pretrained(kind: type, name: str, **options: object) -> object:
     """kind.from_pretrained(name) of a folder, the hub or its cache. Raises BadInput."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
     try:
         if not os.path.isdir(name):
             use_hub_or_cache()
         return kind.from_pretrained(name, **options)
     except Exception as error:  # a dozen unrelated types: missing, torn, or another kind of model
-        raise BadInput(
-            f"{name}: cannot load the model ({error!s:.300}); give a folder with config, weights "
-            "and tokenizer, or a hub id that is reachable or in the local cache. If it is a "
-            "checkpoint of a run, delete that folder: --resume then takes the one before"
-        ) from error
+        advice = (
+            "give a folder with config, weights and tokenizer, or a hub id that is reachable or in "
+            "the local cache"
+        )
+        if os.path.exists(os.path.join(name, "trainer_state.pt")):
+            advice = "delete that checkpoint: --resume then takes the one before"
+        raise BadInput(f"{name}: cannot load the model ({one_line(error)}); {advice}") from error
 
 
 def load_tokenizer(name: str) -> object:
@@ -1783,10 +1792,10 @@ def add_workspace(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler shows in many ways
-        require(mode == "auto", f"--compile on: the compiler fails ({error!s:.300})")
+        require(mode == "auto", f"--compile on: the compiler fails ({one_line(error)})")
         model.set_attn_implementation(original)
         print(
-            f"cannot compile ({type(error).__name__}: {error!s:.200}); sampling goes on without "
+            f"cannot compile ({type(error).__name__}: {one_line(error)}); sampling goes on without "
             "CUDA graphs, several times slower"
         )
         return decoding
@@ -1954,7 +1963,7 @@ def load_trainer_state(folder: Path) -> dict:
         return torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
     except Exception as error:  # missing, torn, or no such file
         raise BadInput(
-            f"--resume: {folder} is damaged ({error!s:.200}); delete that folder, and --resume "
+            f"--resume: {folder} is damaged ({one_line(error)}); delete that folder, and --resume "
             "takes the one before"
         ) from error
 
@@ -2366,13 +2375,14 @@ def closing_lines(out: Path, base: str) -> str:
     first = rows[0]
     last = rows[-1]
     checkpoint = newest_checkpoint(out)
+    benchmarks = "" if base == DEMO["model"] else " --benchmarks math500"
     return "\n".join(
         [
             f"held-out {share(first['eval/accuracy'])} at step 0, "
             f"{share(last['eval/accuracy'])} at step {last['step']}; greedy "
             f"{share(first['eval/greedy_accuracy'])} and {share(last['eval/greedy_accuracy'])}",
             f"model: {checkpoint}",
-            f"next: python eval.py --model {base} {out}",
+            f"next: python eval.py --model {base} {out}{benchmarks}",
         ]
     )
 
