@@ -21,8 +21,10 @@ batch of questions, and takes a few optimiser steps. GRPO is the tree of depth 1
     python treerpo.py --help                            # every flag, its default and its source
 """
 import argparse
+import cmath
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -35,6 +37,7 @@ import sys
 import textwrap
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -1282,142 +1285,1517 @@ class Workspace:
 
 
 # ------------------------------------------------------------------------ Answer verifier
-import operator
-# LaTeX is respelled by tables, then one small parser gives the value of an answer: exact in rational numbers, to ten
-# digits once roots or pi enter, at fixed points if there are variables. Work is bounded before it is done (characters,
-# bits of a number), so no timeout is needed. Precision comes before recall: what cannot be read equals nothing else.
-MAX_CHARS, MAX_BITS = 300, 4096
-# Spellings of one character; ⦃⦄ are \{ \}, ⟦⟧ enclose a matrix, ¶ ends its row, ⟨⟩ enclose a unit, '' a word or 12_{3}.
-SYMBOLS = {name: names.split()[0] for names in r"""⦃ \{; ⦄ \}; ( \langle; ) \rangle; ≤ \le \leq \leqslant; ± \pm; = \in;
-    ≥ \ge \geq \geqslant; ≠ \ne \neq; , \cup ∪; * \cdot \times × ·; / \div; - −; ° \circ; ∞ \infty; π \pi; \sqrt √;
-    ∅ \emptyset \varnothing; α \alpha; β \beta; θ \theta; λ \lambda""".split(";") for name in names.split()}
-TEXT = r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it|bb)|mbox|boldsymbol) *"
-UNIT = r"(?:[cmk]m|ft|in|mph|kg|(?<= )[a-z]{4,}(?: [a-z]+)*)(?:/[a-z]+)?(?:\^\d)?(?= *\.?(?:$|[,;)\]⦄⟧&¶=]))"
-FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log"
-REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in (
-    (r"\\\\", "¶"), (r"\\begin\{[pb]matrix\}", "⟦"), (r"¶?\s*\\end\{[pb]matrix\}", "⟧"), (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(left|right|[bB]igg?[lr]?|displaystyle|rm|bf)(?![A-Za-z])\.?|\\[()\[\]!]|\{,\}|\\?[$£€%]|\\angle", ""),
-    (r"(\\[,;: ]|\\q?quad|\s|~)+", " "), (";", ", "), (r"(?<=[{(]) | (?=[)}])", ""), (r"\\frac ?(\w)", r"\\frac{\1}"),
-    # the name of a function is no product of letters: sin 2x and P(2x) are not 2 sin x and 2P(x)
-    (rf"(?<![A-Za-z\\])(sqrt|pi|{FUNCTION}|[a-z]{{3,}}(?=\()|[fghA-Z](?=\([^()]*\)(?! ?=)))(?![a-z])", r"\\\1"),
-    (r"\\[A-Za-z]+|\\[{}]|[^\x00-\x7f]", lambda match: SYMBOLS.get(match[0], match[0])), (r"\^? ?\{?°\}?", "⟨degree⟩"),
-    (rf"[,; ]*({TEXT}\{{[, ]*)?(?<![A-Za-z])(and|or)(?![A-Za-z])[, ]*\}}?[, ]*", ", "), (r"\^\{(\w)\}(?!\d)", r"^\1"),
-    (rf"(?<=[\d}})π]) *((/? ?(?!\\math[^r]|\\b){TEXT}\{{(?![abeinxyz]\}})[^{{}}]*\}} ?(\^ ?\d)?)+|{UNIT})", r"⟨\g<0>⟩"),
-    (TEXT + r"\{([^{}]*)\}", r"\1"), (r"\\sqrt(?! ?\[)", r"\\root{2}"), (r"\\sqrt ?\[(\w+)\]", r"\\root{\1}"),
-    # mixed numbers: 1\frac12, 1 1/2; e-forms; thousands: 1,234 and 1 234 are one number, "1, 234" and (1,234) are two
-    (r"(?<![\w.^}/])(\d+) ?(\\frac ?\{\d+\} ?(?:\d|\{\d+\})|(?<= )\d+/\d+)(?!\.?\d)", r"(\1+\2)"),
-    (r"(?<![\d.])(\d*\.?\d+)[eE]([+-]?\d{1,3})(?![\d.])", r"(\1*10^{\2})"), (r"_(\d+|[A-Za-z])", r"_{\1}"),
-    (r"(?<![\d.,(\[⦃])(?<![(\[⦃]-)\d{1,3}([, ]\d{3})+(?![\d)\]⦄]|[, ]\d)", lambda match: re.sub("[, ]", "", match[0])),
-    (r"(?<=}) |(?<!\d) | (?!\d)|[,: ]*\.?$", ""), (r"(?<=\w\w)s⟩", "⟩"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
-    (r":00(?!\d)", ":60"),  # full hours: with a factor 0, am and pm would be equal
-    (r"⦃ ?⦄", "∅"), (r"(\.\d*)(?=\(\d+\))|-(?=⦃)", r"\1\\"),  # 0.(3), R-{0}: not a product, not a number taken off
-    (r"(?<![^,(\[⦃=&-])((?i:no|[a-z]{3,}[a-z\d-]*)|[IVX]{2,}|\d+_\{\d+\})(?![^,)\]⦄=&])",
-     lambda match: f"'{match[0].lower()}'"), (r"(?<=[A-Za-z⟩])(?=\d)", ":"))]  # 3 to 5, 2 hours 30: parts in order
-# What one of two answers may leave out, by the mark that shows it: a unit, or x=, f(x)=, (x,y)=, AB=, area=
-OPTIONAL = {"⟨": "⟨(?![^⟩]*(?:illion|thousand|hundred|dozen|hal[fv]|than))[^⟩]*⟩",
-            "=": r"(?<![^,])(?:(?:'\w{1,9}'|[A-Z]+|[a-zα-ω])(?:_{\w+})?(?:\(\w*\))?|\(\w(?:,\w)+\))="}
-TOKEN = re.compile(r"'[^']*'|⟨[^⟩]*⟩|[\d.]+|\\(?:frac|root)|[A-Za-z]\(\w*\)(?==)|[A-Za-zα-ω∞∅](?:_\{\w+\})?|.")
-# How tightly an operator binds: closing brackets not at all, up to RATIO they join parts, the others compute.
-LEVELS = {symbol: level for level, row in enumerate(")]}⦄⟧ , ¶ & =≠<>≤≥ : +- */ ^".split()) for symbol in row}
-RATIO, PRODUCT, POWER, ATOM, BRACKETS = 5, 7, 8, 9, {pair: pair for pair in "() [] (] [) {} ⦃⦄ ⟦⟧".split()}
-OPERATIONS = {"+": lambda a, b: a - -b, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": operator.pow,
-              r"\frac": operator.truediv, r"\root": lambda n, a: operate("^", a, 1 / n)}
+# An answer goes through four steps: extract the box, normalise its spelling, parse it to a tree,
+# compare two trees. Values are exact rational numbers wherever that is possible; formulas with
+# variables are compared at test points. All work is bounded before it is done, so that nothing a
+# model writes can stop the training: no eval, no timeout. Precision comes before recall: what
+# cannot be read equals only the same text.
 
-def extract_boxed(text):
-    r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5; None without box, or if it is not closed. Ours."""
-    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
-    box = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?![A-Za-z])([^\s{}$]+))").match(text, start)
-    if not box or box[1]:
-        return box and box[1]
-    depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, box.end(), box.end() + 20_000):
-        depth += (brace[0] == "{") - (brace[0] == "}")
+MAX_CHARS = 400    # longer answers are compared as text
+MAX_DEPTH = 25     # nested brackets
+MAX_BITS = 8192    # of a numerator or denominator: 2^{4950} is exact, 9^{9^9} is not computed
+MAX_ITEMS = 60     # of a list
+MAX_BOX = 20_000   # characters of a box
+
+
+class Unreadable(Exception):
+    """The text has no meaning here, or the value is undefined or too large."""
+
+
+# -- Step 1: extract the box
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5. [ours]
+
+    None without a box or if the last one is not closed. An empty box behind another one only
+    mentions the word, as in "\boxed{5}, inside \boxed{} as asked": it is passed over.
+    """
+    content = None
+    end = len(text)
+    for _ in range(5):
+        end = max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end))
+        box = BOX.match(text, end) if end >= 0 else None
+        if box is None:
+            return content
+        content = read_box(text, box.end())
+        if content is None or content.strip():
+            return content
+    return content
+
+
+def read_box(text: str, start: int) -> str | None:
+    """Content of the box whose opening brace, or whose single word, is at `start`."""
+    if text[start:start + 1] != "{":
+        word = re.compile(r"[^\s{}$\\]+").match(text, start)
+        return word[0] if word else None
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start, start + MAX_BOX):
+        if brace[0] == "{":
+            depth += 1
+        if brace[0] == "}":
+            depth -= 1
         if depth == 0:
-            return text[box.end():brace.start()]
+            return text[start + 1:brace.start()]
+    return None
 
-def normalize_answer(s):
-    """One spelling for notations with one meaning: REWRITES in order; over MAX_CHARS only stripped. Ours."""
-    for pattern, replacement in REWRITES if len(s) <= MAX_CHARS else ():
-        s = pattern.sub(replacement, s)
-    return s.strip()
 
-def operate(sign, a, b):
-    """Exact where it can be, and never large; roots are the principal ones, that of -8 is complex."""
-    bits = [max(map(int.bit_length, n.as_integer_ratio())) if isinstance(n, Fraction) else 0 for n in (a, b)]
-    if (bits[0] * abs(b) if sign == "^" else max(bits)) > MAX_BITS:
-        raise OverflowError("too large")
-    return OPERATIONS[sign](a, b)
+# -- Step 2: normalise (spellings of one thing become one spelling)
 
-def read(tokens, point, level=1):
-    """Value at a point of the reversed tokens, as far as their operators bind at least as tightly as `level`."""
-    token = tokens.pop()
-    if token in "+-":
-        value = Fraction(token + "1") * read(tokens, point, POWER)
-    elif token in "([{⦃⟦":
-        value, pair = read(tokens, point), BRACKETS[token + tokens.pop()]
-        if isinstance(value, tuple) and value[0][0] == "," and pair != "⦃⦄":
-            value = pair, value[1]
-    elif token in OPERATIONS:  # \frac, \root
-        value = operate(token, read(tokens, point, ATOM), read(tokens, point, ATOM))
+# LaTeX commands and single characters with one meaning; `→` stands before the common spelling.
+SPELLINGS = r"""
+    \le \leq \leqslant <= =< ⩽ → ≤      \ge \geq \geqslant >= ⩾ → ≥     \ne \neq != → ≠
+    \lt → <                             \gt → >                         \in → ∈
+    \cup \bigcup → ∪                    \setminus \backslash → ∖        \pm +- → ±
+    \cdot \ast · ⋅ ∙ → *                \times → ×                      \mp → ∓
+    \div ÷ → /                          − – — \minus → -                ** → ^
+    \infty \infin → ∞                   \emptyset \varnothing \oslash → ∅
+    \pi → π                             \mathbb{R} \R ℝ → \reals        \circ \degree \degrees → °
+    \lvert \rvert \vert \mid → |        \langle → (                     \rangle → )
+    \lbrace → \{    \rbrace → \}        \lbrack → [    \rbrack → ]      \prime ′ ’ → '
+    \dfrac \tfrac \cfrac → \frac        \dbinom \tbinom → \binom        √ → \sqrt
+    \varphi → \phi                      \varepsilon → \epsilon          \vartheta → \theta
+    \ldots \cdots … ... → \dots        \approx \simeq ≈ → =
+    \overrightarrow → \vec              \arctg → \arctan                \lg → \log
+    \tg → \tan                          \ctg → \cot                     ¢ → "cents"
+    ² → ^{2}        ³ → ^{3}            ½ → \frac{1}{2}                 、 → ,    。 → .
+    α → \alpha      β → \beta           θ → \theta                      λ → \lambda
+"""
+
+
+def read_spellings(table: str) -> dict[str, str]:
+    """{spelling: common spelling} of a table of `a b → c`."""
+    meaning = {}
+    waiting = []
+    words = iter(table.split())
+    for word in words:
+        if word == "→":
+            common = next(words)
+            meaning.update(dict.fromkeys(waiting, common))
+            waiting = []
+        else:
+            waiting.append(word)
+    return meaning
+
+
+COMMON_SPELLING = read_spellings(SPELLINGS)
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # （１，２） is (1,2)
+SPELLING = re.compile(r"\\mathbb\{R\}|\\[A-Za-z]+|\.\.\.|[<>!=]=|=<|\*\*|\+-|[^\x00-\x7f]")
+
+# Units: the common name, then its other names. A plural s is dropped before a look-up.
+UNIT_TABLE = """
+    mm millimeter | cm centimeter centimetre | dm decimeter | m meter metre | km kilometer kilometre
+    in inch inche | ft foot feet | yd yard | mi mile | mi/hour mph | acre | nm | Angstrom angstrom
+    AU | mg | g gram | kg kilogram | lb pound | oz ounce | ton | mol mole | mL ml | L l liter litre
+    gallon gal | cup | ms | s sec second | min minute | hour h hr | am | pm | noon | midnight | day
+    week | month | year yr | N newton | J joule | kJ | eV | keV | MeV | GeV | erg | W watt | kW
+    V volt | A ampere amp | ohm | Hz hertz | kHz | MHz | GHz | Pa pascal | kPa | atm | K kelvin
+    C coulomb celsius | F fahrenheit | degree deg | rad radian | percent pct percentage | cent
+    dollar USD | euro | unit | point | piece | way | people person | children child | men man
+"""
+
+
+def read_units(table: str) -> dict[str, str]:
+    """{name: common name} of every unit."""
+    common = {}
+    for row in table.replace("\n", "|").split("|"):
+        for name in row.split():
+            common[name] = row.split()[0]
+    return common
+
+
+UNITS = read_units(UNIT_TABLE)
+
+NUMBER_WORDS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty
+""".split()
+
+# Words that change the value they stand behind: "7 squared" and "5 million" hold no unit.
+MODIFIERS = {"half", "third", "quarter", *NUMBER_WORDS} | set("""
+    squared cubed factorial inverse prime plus minus time over less more than fewer by is was not
+    no or and mod root power sum multiple opposite negative repeat double triple score to the wrong
+    maybe perhaps approximately about except hundred thousand million billion trillion dozen halve
+    fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth digit
+""".split())
+
+
+def singular(word: str) -> str:
+    """Without the plural s, and in small letters unless the table knows the word as it is."""
+    if word in UNITS:
+        return word
+    word = word.lower()
+    return word if word.endswith(("ss", "us", "is")) else word.removesuffix("s")
+
+
+def unit_name(phrase: str) -> str | None:
+    """Common name of a unit: "centimeters" -> cm, "square feet" -> ft^2, "red marbles" as it is.
+
+    None where the phrase is no unit: a unit stands in the table or is a noun in the plural.
+    """
+    words = phrase.replace(".", "").split()
+    names = [singular(word) for word in words]
+    if not names or MODIFIERS.intersection(names + words):
+        return None
+    if "of" in words[1:-1]:  # cups of flour
+        return unit_name(phrase[:phrase.index(" of ")])
+    before, per, after = phrase.rpartition("per ")
+    if per:
+        above = unit_name(before) if before.strip() else ""
+        below = unit_name(after)
+        return None if above is None or below is None else f"{above}/{below}"
+    if names[-1] in UNITS:
+        unit = UNITS[names[-1]]
+        first_word = " ".join(names[:-1])
+        powers = {"": "", "square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
+        return unit + powers[first_word] if first_word in powers else " ".join(names)
+    is_noun = phrase.islower() and len(words[-1]) > 2
+    is_plural = names[-1] != words[-1]
+    return " ".join(names) if is_noun and is_plural else None
+
+
+VERTICAL = re.compile(
+    r"(?P<open>(?:\\left *)?[(\[] *)?"
+    r"\\begin *\{(?P<name>[bBp]?matrix|smallmatrix|array|cases)\} *(?:\{[lcr| ]*\})?"
+    r"(?P<body>.*?)\\end *\{(?P=name)\}"
+    r"(?P<close> *(?:\\right *)?[)\]])?",
+    re.DOTALL,
+)
+
+
+def write_rows(found: re.Match) -> str:
+    r"""Every kind of matrix: \begin{bmatrix}1&2\\[4pt]3&4\end{bmatrix} -> \matrix(1&2;3&4).
+
+    Cases without conditions are a list: \begin{cases}x=1\\y=2\end{cases} -> x=1,y=2.
+    """
+    body = found["body"].replace(r"\hline", "")
+    rows = [row.strip() for row in re.split(r"\\\\(?: *\[[^\]]*\])?", body)]
+    rows = [row for row in rows if row]
+    if found["name"] == "cases":
+        return found[0] if "&" in body else ",".join(rows)
+    matrix = rf"\matrix({';'.join(rows)})"
+    if found["open"] and found["close"]:
+        return matrix
+    return (found["open"] or "") + matrix + (found["close"] or "")
+
+
+TEXT_COMMAND = (
+    r"\\(?:text(?:rm|bf|it|sf|normal|up)?|math(?:rm|bf|it|sf|normal)|mbox|hbox|operatorname)\*? *"
+)
+FUNCTIONS = set(
+    "arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh sin cos tan cot sec csc "
+    "ln log exp sqrt max min gcd lcm floor ceil pi".split()
+)
+GLUED_UNITS = {"cm", "mm", "km", "kg", "ft", "mph", "Hz"}  # 5cm is 5 "cm", but 5m is a product
+
+
+def quote_text(found: re.Match) -> str:
+    r"""\text{no solution} -> "no solution", \text{4:30 p.m.} -> 4:30 "p.m"., \text{1A3} -> 1A3."""
+    content = found[1].strip()
+    if content in FUNCTIONS and content not in UNITS:
+        return "\\" + content
+    if re.fullmatch(r"[0-9A-Z]*\d[0-9A-Z]*", content):
+        return content
+    return re.sub(r"[A-Za-z]+(?:[ .'-]+[A-Za-z]+)*", r' "\g<0>"', content)
+
+
+def quote_bare(found: re.Match) -> str:
+    r"""no solution -> "no solution", 12 apples -> 12 "apples", 2 sin x -> 2 \sin x; 3 ab stays."""
+    phrase = found[0]
+    if phrase[0] in '"\\':
+        return phrase
+    words = phrase.replace(".", "").split()
+    first = words[0]
+    before = found.string[:found.start()]
+    behind_value = re.search(r"[\d})\]π] *$", before)
+    if behind_value and before.endswith(" "):
+        is_unit = len(first) > 3 or (len(first) > 1 and unit_name(first) is not None)
     else:
-        value = Fraction(token) if token[0] in ".0123456789" else point[token]
-    while (binding := LEVELS.get(tokens[-1], PRODUCT)) >= level:
-        if binding > RATIO:  # two values side by side are a product
-            sign = tokens.pop() if tokens[-1] in LEVELS else "*"
-            value = operate(sign, value, read(tokens, point, min(binding + 1, POWER)))
-            continue
-        kind, parts = "", [value]
-        while LEVELS.get(tokens[-1]) == binding:
-            kind += tokens.pop()
-            parts.append(read(tokens, point, binding + 1))
-        value = (kind[::-1].translate({62: "<", 8805: "≤"}), parts[::-1]) if not kind.strip(">≥") else (kind, parts)
+        is_unit = behind_value and first in GLUED_UNITS
+    if is_unit and not found.string.startswith("(", found.end()):
+        return f'"{phrase}"'
+    if FUNCTIONS.intersection(words):
+        return " ".join("\\" + word if word in FUNCTIONS else word for word in words)
+    has_long_word = len(first) > 2 or max(map(len, words)) > 3
+    return f'"{phrase}"' if len(words) > 1 and has_long_word else phrase
+
+
+def drop_separators(found: re.Match) -> str:
+    """1,234,567 -> 1234567."""
+    return re.sub("[, ]", "", found[0])
+
+
+def write_comma(found: re.Match) -> str:
+    """5 and 6 -> 5,6; but "x>1 and x<3" is no list of two sets, so its word stays."""
+    is_inequality = re.search("[<>≤≥]", found.string[:found.start()])
+    return found[0] if "and" in found[0] and is_inequality else " , "
+
+
+def write_base(found: re.Match) -> str:
+    r"""52_8 -> \base(52;8), 1011_{"two"} -> \base(1011;2); 2A_1 stays: A is no digit in base 1."""
+    digits = found["digits"].lower()
+    base = (found["base"] or found["named"]).strip('"').lower()
+    if base in NUMBER_WORDS:
+        base = NUMBER_WORDS.index(base)
+    if not str(base).isdecimal():
+        return found[0]
+    largest = max(int(digit, 36) for digit in digits.strip("-"))
+    return rf"\base({digits};{base})" if largest < int(base) <= 36 else found[0]
+
+
+# The rules in the order of their use: a name, what is looked for, what is written instead.
+RULES = [
+    ("sure thousands", r"(?<=\d)(?:,\\! *|\{,\})(?=\d{3}(?!\d))", ""),    # 1,\! 234 -> 1234
+    ("joined", r"\\! ?", ""),                                           # a\!b -> ab
+    ("space", r"\\[,;:> ]|\\q?quad(?![A-Za-z])|[~\s]+", " "),           # 10\,000 -> 10 000
+    ("size", r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),  # \left( -> (
+    # \displaystyle x -> x, \angle ABC -> ABC
+    ("style", r"\\(?:displaystyle|limits|bf|rm|it|therefore|angle)(?![A-Za-z])", " "),
+    ("delimiters", r"\\[()\[\]]", ""),                                  # \(5\) -> 5
+    # \mathbf{x} -> x, \boxed{5} -> 5
+    ("frame", r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm) *\{([\w.]+)\}", r" \1"),
+    ("phantom", r"\\phantom *(?:\{[^{}]*\}|.)", ""),                    # \phantom -1 -> 1
+    ("quotation", r"[\"`“”]", ""),                                      # "5" -> 5
+    ("comma", r"\{,\}", ","),                                           # 12{,}34 -> 12,34
+    ("money", r"(?<!\d)\\?[$£€]|\\?[$£€](?!\d)", ""),                   # \$18 -> 18, not 12$34
+    # 1,234,567 and 10 000 are one number each; "1, 234" and (1,234) are two
+    ("thousands", r"(?<![\w.,([])(?<!\\\{)(?<![([]-)\d{1,3}([, ]\d{3})+(?![\w)\]]|\\\}|[, ]\d)",
+     drop_separators),
+    ("and, or", r"[, ]*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])[, ]*", write_comma),  # 5 or 6 -> 5 , 6
+    ("text", TEXT_COMMAND + r"\{([^{}]*)\}", quote_text),               # \text{(B)} -> ("B")
+    ("one comma", r" *,[, ]*,", ","),                                   # 1, 2,, 3 -> 1, 2, 3
+    ("percent first", r"^ *\\?%", ""),                                  # \%7 -> 7
+    ("percent", r" *\\?%", ' "percent"'),                               # 25\% -> 25 "percent"
+    ("degree", r"\^? *\{? *° *\}?", "°"),                               # 30^{\circ} -> 30°
+    ("prime", r"\^ *\{? *('[' ]*)\}?", r"\1"),                          # y^{\prime} -> y'
+    ("derivative", r"\\frac *\{ *d *([A-Za-z]) *\} *\{ *d *[a-z] *\}", r"\1'"),  # dy/dx -> y'
+    # \frac{\partial z}{\partial x} -> z_{x}
+    ("partial", r"\\frac *\{ *\\partial *(\w) *\} *\{ *\\partial *(\w) *\}", r"\1_{\2}"),
+    # 1 1/2 -> 1\frac{1}{2}
+    ("mixed number", r"(?<![\w.^}/])(\d+) (\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    # 1.2e-3 -> (1.2*10^{-3})
+    ("e-form", r"(?<![\w.])(\d*\.?\d+)[eE]([+-]?\d{1,4})(?![\w.])", r"(\1*10^{\2})"),
+    ("time", r"(?<=\d) *([apAP])\.?[mM](?:\.|(?![A-Za-z]))", r' "\1m"'),  # 3:30 p.m. -> 3:30 "pm"
+    ("speed", r"(?<=[\d}]) (k?m)/(s|h|hr)(?![A-Za-z])", r' "\1"/"\2"'),  # 12 m/s -> 12 "m"/"s"
+    ("ohm", r"(?<=\d) *\\Omega(?![A-Za-z])", ' "ohm"'),                 # 5\Omega -> 5 "ohm"
+    ("glued root", r"(?<=[A-Za-z])sqrt(?=[({])", r"\\sqrt"),              # xsqrt(2) -> x\sqrt(2)
+    # 12 apples -> 12 "apples", sin x -> \sin x
+    ("bare words", r'"[^"]*"|\\[A-Za-z]+|[A-Za-z]+(?:\.? [A-Za-z]+)*', quote_bare),
+    ("heading", r'(^|,) *("[A-Za-z ]+") *:', r"\1 \2 ="),               # "area": 20 -> "area" = 20
+    # "the answer is" 5 -> 5
+    ("lead-in", r'(?i)^ *"(?:(?:so|thus|therefore|hence|the|final) )*answer is" *:?', ""),
+    # "all real numbers" -> \reals
+    ("real line", r'(?i)"(?:the set of )?(?:all )?real(?:s| numbers?)"', r" \\reals "),
+    ("empty set", r'(?i)"(?:there is )?no solutions?"(?: *: *∅)?', "∅"),  # no solution -> ∅
+    ("ratio", r'(?<=[\d)]) *"?to"? *(?=[\d(])', ":"),                   # 3 to 5 -> 3:5
+    # _{10}C_{3} -> \binom{10}{3}
+    ("combinations", r"(?:\{ *\} *)?_ *\{? *(\w+) *\}? *C *_ *\{? *(\w+) *\}?", r"\\binom{\1}{\2}"),
+    ("base", r'(?<![\w.])\(?(?P<digits>-?[0-9A-Z]*\d[0-9A-Z]*)\)?'
+             r'(?: *_ *\{? *(?P<base>\d\d?|"[a-z]+") *\}?| *\(? *"base" *(?P<named>\d\d?)\)?)',
+     write_base),                                                       # 52_8 -> \base(52;8)
+    ("ends", r"^[ ,;:]+|(?:\\\\ *)?(?<![.,;: ])[ ,;:]*\.?[ ,;:]*$", ""),  # 5. -> 5, not 0.33...
+    ("two forms", r"^([^:]*[<>≤≥][^:]*): *[(\[][^:()]*[)\]]$", r"\1"),  # x≤1:(-∞,1] -> x≤1
+]
+COMPILED_RULES = [(re.compile(pattern, re.ASCII), replacement) for _, pattern, replacement in RULES]
+
+
+def normalise(text: str) -> str:
+    """The text in the spelling that the parser reads."""
+    text = text.replace("｛", r"\{").replace("｝", r"\}").translate(FULL_WIDTH)
+    text = VERTICAL.sub(write_rows, text)
+    text = SPELLING.sub(lambda found: COMMON_SPELLING.get(found[0], found[0]), text)
+    for pattern, replacement in COMPILED_RULES:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+# -- Step 3: parse (recursive descent to a tree of plain tuples)
+#
+# list     := relation (("," | ";") relation)*
+# relation := part (("=" | "<" | "≤" | ">" | "≥" | "≠" | "∈") part)*
+# part     := words | union [unit] | union (":" union)+ [unit]
+# union    := sum ("∪" sum)* ("∖" sum)*
+# sum      := ["+" | "-"] product (("+" | "-" | "±" | "∓") product)*
+# product  := power (["*" | "/"] power)*             side by side is a product
+# power    := atom ("!" | "°")* ["^" argument]
+# atom     := number | name | bracket | |sum| | \frac.. | \sqrt.. | \sin.. | \matrix..
+#
+# The trees: ("number", 3/4) ("name", "x") ("word", "Tuesday") ("sum", terms) ("product", factors)
+# ("inverse", a) ("power", a, b) ("call", "sin", arguments) ("degrees", a) ("infinity",) ("reals",)
+# ("unit", a, "cm") ("base", "52", "8") ("ratio", parts) ("list", items) ("set", items)
+# ("tuple", "[)", items) ("union", parts) ("without", a, b) ("matrix", rows)
+# ("relation", "<≤", parts)
+
+TOKEN = re.compile(
+    r'"[^"]*"'                              # words
+    r"|\d*\.\d*\\overline *\{\d+\}"         # a repeating decimal
+    r"|\d+(?:\.\d+)?|\.\d+"                 # a number
+    r"|\\base\(-?[0-9a-z]+;\d+\)"           # a number in a base
+    r"|\\[A-Za-z]+|\\[{}|\\]"               # a command
+    r"|[A-Za-z]+|\S",                       # letters, a sign
+    re.ASCII,
+)
+GREEK = set(
+    r"\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \iota \kappa \lambda \mu \nu \xi \rho "
+    r"\sigma \tau \upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Sigma \Upsilon "
+    r"\Phi \Psi \Omega \ell \hbar".split()
+)
+DECORATIONS = set(r"\hat \bar \tilde \dot \ddot \overline \widehat \vec".split())
+COMMANDS = {"\\" + name for name in FUNCTIONS} | set(
+    r"\frac \binom \sqrt \lfloor \lceil \matrix".split()
+)
+RELATIONS = "=<>≤≥≠∈"
+ITEM_ENDS = {"", ",", ";", "(", ")", "[", "]", r"\{", r"\}", "|", *RELATIONS}
+MINUS_ONE = ("number", Fraction(-1))
+INFINITY = ("infinity",)
+SPECIAL_TREES = {
+    "π": ("name", "π"),
+    r"\pi": ("name", "π"),
+    "∞": INFINITY,
+    "∅": ("set", ()),
+    r"\reals": ("reals",),
+    r"\dots": ("name", r"\dots"),
+}
+
+
+def is_letters(token: str) -> bool:
+    return token.isascii() and token.isalpha()
+
+
+def tokenize(text: str) -> list[str]:
+    r"""Tokens of a text. Letters that stand alone are a word (CBAD), others a product (3ab)."""
+    raw = ["", *TOKEN.findall(text), ""]
+    tokens = []
+    for place, token in enumerate(raw[1:-1], start=1):
+        stands_alone = raw[place - 1] in ITEM_ENDS and raw[place + 1] in ITEM_ENDS
+        looks_like_word = len(token) > 2 or token in ("no", "No") or token.isupper()
+        if is_letters(token) and len(token) > 1 and stands_alone and looks_like_word:
+            tokens.append(f'"{token}"')
+        elif is_letters(token):
+            tokens.extend(token)
+        elif token.isdecimal() and raw[place - 1] in (r"\frac", r"\binom"):
+            tokens.extend(token)  # \frac12 is \frac{1}{2}
+        else:
+            tokens.append(token)
+    return tokens
+
+
+class Parser:
+    """The tokens of one answer, and how far they are read."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.place = 0
+        self.depth = 0
+        self.in_bars = False   # inside |...|, where the next bar closes
+        self.plus_minus = "+"  # what ± means in this reading
+
+    def peek(self, ahead: int = 0) -> str:
+        place = self.place + ahead
+        return self.tokens[place] if place < len(self.tokens) else ""
+
+    def take(self, *expected: str) -> str:
+        token = self.peek()
+        if not token or (expected and token not in expected):
+            raise Unreadable(f"{token!r} where {expected} was expected")
+        self.place += 1
+        return token
+
+    def parse_answer(self) -> tuple:
+        items = self.parse_items(both_signs=True)
+        if self.peek():
+            raise Unreadable(f"{self.peek()!r} behind the end")
+        return joined("list", items)
+
+    def parse_items(self, both_signs: bool) -> tuple:
+        """Items between commas. With `both_signs` 3±√2 is two of them."""
+        items = []
+        while len(items) < MAX_ITEMS:
+            start = self.place
+            items.append(self.parse_relation())
+            tokens = self.tokens[start:self.place]
+            if tokens.count("±") > 1:
+                raise Unreadable("two signs ± may be independent")
+            if both_signs and "±" in tokens:
+                self.place = start
+                self.plus_minus = "-"
+                items.append(self.parse_relation())
+                self.plus_minus = "+"
+            if self.peek() not in (",", ";"):
+                return tuple(items)
+            self.take()
+        raise Unreadable("too many items")
+
+    def parse_relation(self) -> tuple:
+        parts = [self.parse_part()]
+        signs = ""
+        while self.peek() and self.peek() in RELATIONS:
+            signs += self.take()
+            parts.append(self.parse_part())
+        return ("relation", signs, tuple(parts)) if signs else parts[0]
+
+    def parse_part(self) -> tuple:
+        """Words, or a formula or ratio with or without a unit."""
+        if self.peek().startswith('"') and self.peek(1) in ITEM_ENDS:
+            return read_word(self.take())
+        label = self.parse_function_label()
+        if label:
+            return label
+        parts = [self.parse_union()]
+        while self.peek() == ":":
+            self.take()
+            parts.append(self.parse_union())
+        part = joined("ratio", parts)
+        return self.parse_unit(part) if self.peek().startswith('"') else part
+
+    def parse_function_label(self) -> tuple | None:
+        """f(x), f^{-1}(2) or P(A∩B) on the left of a sign: one name."""
+        text = " ".join(self.tokens[self.place:self.place + 20])
+        found = re.match(
+            r"((?:[A-Za-z](?: ')*(?: _ \w| _ \{ \w+ \})?(?: \^ \{ - 1 \})? \( \w+(?: , \w+)* \))"
+            r"|P \( [^()=]+ \)) [=<>≤≥≠∈]",
+            text,
+        )
+        if found is None:
+            return None
+        self.place += len(found[1].split())
+        return ("name", found[1].replace(" ", ""))
+
+    def parse_unit(self, value: tuple) -> tuple:
+        """The units behind a value: 60 "km"/"h", 9 "kg"*"m"/"s"^{2}."""
+        unit = ""
+        while self.peek().startswith('"') or self.peek() in ("*", "/", "^"):
+            token = self.take()
+            if token == "^":
+                unit += "^" + self.raw_group()
+            elif token in "*/":
+                unit += token
+            else:
+                name = unit_name(token.strip('"'))
+                if name is None:
+                    raise Unreadable(f"{token} is no unit")
+                unit += name
+        return ("degrees", value) if unit == "degree" else ("unit", value, unit)
+
+    def parse_union(self) -> tuple:
+        """Sums joined by ∪, without the set behind ∖ or behind a minus sign."""
+        parts = [self.parse_sum()]
+        while self.peek() == "∪":
+            self.take()
+            parts.append(self.parse_sum())
+        union = joined("union", parts)
+        while self.peek() == "∖" or self.at_set_difference():
+            self.take()
+            union = ("without", union, self.parse_sum())
+        return union
+
+    def parse_sum(self) -> tuple:
+        terms = [self.parse_term()]
+        while self.peek() in ("+", "-", "±", "∓") and not self.at_set_difference():
+            terms.append(self.parse_term())
+        return joined("sum", terms)
+
+    def at_set_difference(self) -> bool:
+        r"""The minus sign of R-\{0\}."""
+        return self.peek() == "-" and self.peek(1) == r"\{"
+
+    def parse_term(self) -> tuple:
+        """A product behind any number of signs."""
+        opposite = "-" if self.plus_minus == "+" else "+"
+        meaning = {"±": self.plus_minus, "∓": opposite}
+        is_negative = False
+        while self.peek() in ("+", "-", "±", "∓"):
+            sign = self.take()
+            if meaning.get(sign, sign) == "-":
+                is_negative = not is_negative
+        product = self.parse_product()
+        return negative(product) if is_negative else product
+
+    def parse_product(self) -> tuple:
+        factors = [self.parse_power()]
+        while self.peek() in ("*", "×", "/") or self.at_factor():
+            sign = self.take() if self.peek() in ("*", "×", "/") else ""
+            factor = self.parse_term_factor() if sign else self.parse_power()
+            if sign == "/":
+                factors.append(("inverse", factor))
+            elif sign and is_vector(factor) and is_vector(factors[-1]):
+                raise Unreadable("a dot or cross product")
+            elif not sign and len(factors) == 1 and is_mixed_number(factors[0], factor):
+                factors = [("sum", (factors[0], factor))]
+            else:
+                factors.append(factor)
+        return joined("product", factors)
+
+    def parse_term_factor(self) -> tuple:
+        """The factor behind * or /, which may have a sign: 13*-2."""
+        if self.peek() == "-":
+            self.take()
+            return negative(self.parse_power())
+        return self.parse_power()
+
+    def at_factor(self) -> bool:
+        """Does another factor follow side by side? A number never does: "2 3" is no product."""
+        token = self.peek()
+        if token == "|":
+            return not self.in_bars
+        if token.startswith('"'):
+            return is_symbol(token)
+        if token.startswith("\\"):
+            return token in GREEK or token in DECORATIONS or token in COMMANDS
+        return is_letters(token) or token in ("(", "[", "{", "π", "∞")
+
+    def parse_power(self) -> tuple:
+        base = self.parse_atom()
+        while self.peek() in ("!", "°"):
+            is_degree = self.take() == "°"
+            base = ("degrees", base) if is_degree else ("call", "factorial", (base,))
+        if self.peek() != "^":
+            return base
+        self.take()
+        exponent = self.parse_argument()
+        if self.peek() == "^":
+            raise Unreadable("two exponents")
+        return ("power", base, exponent)
+
+    def parse_argument(self) -> tuple:
+        """What belongs to \\frac, \\sqrt, ^ or _: {...} or one atom, which may have a sign."""
+        if self.peek() == "-":
+            self.take()
+            return negative(self.parse_atom())
+        return self.parse_atom()
+
+    def parse_atom(self) -> tuple:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        token = self.peek()
+        if token in ("(", "[", "{"):
+            atom = self.parse_bracket()
+        elif token == r"\{":
+            atom = self.parse_set()
+        elif token == "|":
+            atom = self.parse_absolute_value()
+        elif re.match(r"\.?\d", token, re.ASCII):
+            atom = read_number(self.take())
+        elif is_symbol(token):
+            atom = read_letters(self.take())
+        elif is_letters(token) or token in GREEK or token in DECORATIONS:
+            atom = self.parse_name()
+        else:
+            atom = self.parse_command(self.take())
+        self.depth -= 1
+        return atom
+
+    def parse_bracket(self) -> tuple:
+        """(a) and {a} are a; (a,b] is an interval, (a,b) a point or an interval."""
+        before = self.tokens[self.place - 1] if self.place else ""
+        outer = self.in_bars
+        self.in_bars = False
+        brackets = self.take()
+        items = self.parse_items(both_signs=False)
+        brackets += self.take("}") if brackets == "{" else self.take(")", "]")
+        self.in_bars = outer
+        if len(items) > 1:
+            return ("tuple", brackets, items)
+        stands_alone = before in ITEM_ENDS and self.peek() in ITEM_ENDS
+        if brackets in ("(]", "[)") or (brackets == "[]" and stands_alone):
+            raise Unreadable("half an interval, or [x], which may be a floor")
+        return items[0]
+
+    def parse_set(self) -> tuple:
+        r"""\{1,2\}; \{x | x<2\} and \{x∈R | x<2\} are their condition."""
+        self.take(r"\{")
+        if self.peek() == r"\}":
+            self.take()
+            return ("set", ())
+        head = "".join(self.tokens[self.place:self.place + 4])
+        condition = re.match(r"[A-Za-z](∈\\reals)?[|:]", head)
+        is_condition = condition is not None
+        if is_condition:
+            self.place += 4 if condition[1] else 2
+        items = self.parse_items(both_signs=True)
+        self.take(r"\}")
+        if is_condition and len(items) > 1:
+            raise Unreadable("several conditions")
+        return items[0] if is_condition else ("set", items)
+
+    def parse_absolute_value(self) -> tuple:
+        self.take("|")
+        self.in_bars = True
+        inside = self.parse_sum()
+        self.take("|")
+        self.in_bars = False
+        return ("call", "abs", (inside,))
+
+    def parse_name(self) -> tuple:
+        r"""x, x_1, x_{n+1}, y', \alpha_2, \hat{p}; an unknown function such as f(2x) is a call."""
+        name = self.take()
+        can_be_function = name.isupper() or name in GREEK
+        is_function = name in "fgh" or (can_be_function and not self.at_sum_in_bracket())
+        if name in DECORATIONS:
+            name += self.raw_group()
+        if self.peek() == "_":
+            name += self.take() + self.raw_group()
+        while self.peek() == "'":
+            name += self.take()
+        if is_function and self.peek() == "(":
+            return ("call", name, self.parse_function_arguments())
+        return ("name", name)
+
+    def at_sum_in_bracket(self) -> bool:
+        """P(1+r) is a product; P(2x) is taken for a function."""
+        text = "".join(self.tokens[self.place:])
+        return re.match(r"\((?:[^()]|\([^()]*\))*?[+-]", text) is not None
+
+    def raw_group(self) -> str:
+        """The text of {...} or of one token."""
+        text = self.take()
+        if text != "{":
+            return text
+        text = ""
+        while self.peek() != "}":
+            text += self.take().strip('"')
+        self.take("}")
+        return text
+
+    def parse_command(self, token: str) -> tuple:
+        if token == r"\frac":
+            numerator = self.parse_argument()
+            return ("product", (numerator, ("inverse", self.parse_argument())))
+        if token == r"\binom":
+            above = self.parse_argument()
+            return ("call", "binomial", (above, self.parse_argument()))
+        if token == r"\sqrt":
+            return self.parse_root()
+        if token in (r"\lfloor", r"\lceil"):
+            inside = self.parse_sum()
+            self.take(token.replace("l", "r", 1))
+            return ("call", "floor" if token == r"\lfloor" else "ceil", (inside,))
+        if token == r"\matrix":
+            return self.parse_matrix()
+        if token.startswith(r"\base("):
+            digits, base = token[6:-1].split(";")
+            return ("base", digits.lstrip("0"), base)
+        if token in SPECIAL_TREES:
+            return SPECIAL_TREES[token]
+        if token[1:] in FUNCTIONS:
+            return self.parse_function(token[1:])
+        raise Unreadable(f"{token} is not known")
+
+    def parse_root(self) -> tuple:
+        index = ("number", Fraction(2))
+        if self.peek() == "[":
+            self.take()
+            index = self.parse_sum()
+            self.take("]")
+        return ("call", "root", (self.parse_argument(), index))
+
+    def parse_matrix(self) -> tuple:
+        self.take("(")
+        rows = [[self.parse_sum()]]
+        while self.peek() != ")":
+            if self.take("&", ";") == "&":
+                rows[-1].append(self.parse_sum())
+            else:
+                rows.append([self.parse_sum()])
+        self.take(")")
+        return ("matrix", tuple(map(tuple, rows)))
+
+    def parse_function(self, name: str) -> tuple:
+        r"""\sin x, \sin^2 x, \tan^{-1} x, \log_2 8, \max(a,b)."""
+        exponent = None
+        base = ()
+        while self.peek() in ("^", "_"):
+            if self.take() == "^":
+                exponent = self.parse_argument()
+            else:
+                base = (self.parse_argument(),)
+        if exponent == MINUS_ONE and "arc" + name in FUNCTIONS:
+            name = "arc" + name
+            exponent = None
+        call = ("call", name, self.parse_function_arguments() + base)
+        return call if exponent is None else ("power", call, exponent)
+
+    def parse_function_arguments(self) -> tuple:
+        """All those in a bracket; else the factors side by side, up to the next function."""
+        if self.peek() in ("(", "[", "{"):
+            argument = self.parse_bracket()
+            return argument[2] if argument[0] == "tuple" else (argument,)
+        if self.peek() == r"\{":
+            return self.parse_set()[1]
+        factors = [self.parse_power()]
+        while self.at_factor() and self.peek()[1:] not in FUNCTIONS:
+            if self.peek() in ("(", "[") and factors[-1][0] != "number":
+                break
+            factors.append(self.parse_power())
+        return (joined("product", factors),)
+
+
+def joined(kind: str, parts: Sequence) -> tuple:
+    """One part alone, several as a tree of this kind."""
+    return parts[0] if len(parts) == 1 else (kind, tuple(parts))
+
+
+def negative(tree: tuple) -> tuple:
+    if tree[0] == "number":
+        return ("number", -tree[1])
+    return ("product", (MINUS_ONE, tree))
+
+
+def read_number(token: str) -> tuple:
+    r"""12.5 -> 25/2, 0.1\overline{6} -> 1/6."""
+    digits, _, period = token.partition(r"\overline")
+    value = Fraction(digits + "0")
+    if period:
+        period = period.strip(" {}")
+        places = len(digits.partition(".")[2])
+        value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** places)
+    elif "." not in digits:
+        value = Fraction(int(digits))
+    return ("number", value)
+
+
+def read_word(token: str) -> tuple:
+    word = token.strip('"').replace(".", "")
+    if len(word) == 1:
+        return ("name", word)
+    if word.lower() in NUMBER_WORDS:
+        return ("number", Fraction(NUMBER_WORDS.index(word.lower())))
+    return ("word", word)
+
+
+def is_symbol(token: str) -> bool:
+    r"""Is a word inside a formula a name, such as that of \mathrm{P}? A unit is none."""
+    letters = token.strip('"')
+    is_short_word = letters != token and is_letters(letters) and len(letters) < 3
+    return is_short_word and unit_name(letters) is None
+
+
+def read_letters(token: str) -> tuple:
+    return joined("product", [("name", letter) for letter in token.strip('"')])
+
+
+def is_vector(tree: tuple) -> bool:
+    return tree[0] == "name" and tree[1].startswith(r"\vec")
+
+
+def is_mixed_number(whole: tuple, fraction: tuple) -> bool:
+    r"""1\frac{1}{2}: a whole number before a fraction of numbers."""
+    if whole[0] != "number" or whole[1].denominator != 1 or fraction[0] != "product":
+        return False
+    above, below = fraction[1][:2]
+    return above[0] == "number" and below[0] == "inverse" and below[1][0] == "number"
+
+
+def parse_text(text: str) -> tuple:
+    """Tree of a normalised answer. Raises Unreadable."""
+    if not text or len(text) > 2 * MAX_CHARS:
+        raise Unreadable("empty or too long")
+    return Parser(tokenize(text)).parse_answer()
+
+
+# -- Step 4: compare (exact in rationals, at test points with variables)
+
+Number = Fraction | float | complex
+
+
+def bounded(value: Number) -> Number:
+    """The value itself; Unreadable if it is infinite, undefined or too large."""
+    if isinstance(value, Fraction):
+        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+            raise Unreadable("too large")
+        return value
+    if isinstance(value, complex) and abs(value.imag) < 1e-14 * abs(value):
+        value = value.real
+    if not cmath.isfinite(value):
+        raise Unreadable("not finite")
     return value
 
-def spell(value):
-    """Equal values have one spelling: lists, sets and equations are sorted, roots and pi rounded to ten digits."""
-    if isinstance(value, tuple):
-        parts = [spell(part) for part in value[1]]
-        return f"{value[0]}[{'; '.join(parts if value[0].strip(',=≠') else sorted(parts))}]"
-    exact = value if isinstance(value, Fraction) else Fraction(value.real).limit_denominator(10_000)
-    if value == exact or abs(value - exact) < 1e-13 * abs(value) < 1e-4:  # also (√2)^2, but 3.14159265358979 is not pi
-        return str(exact)
-    shift = 1000 * abs(value) * (1 + 1j)  # rounds away what is 0 but for rounding, as in √-4 = 1e-16 + 2i
-    return f"{value + shift - shift:.10g}"
 
-def read_answer(s):
-    """Spelled values of a normalized answer at fixed points; None if it cannot be read: the check for golds. Ours."""
-    tokens, values = TOKEN.findall(s if len(s) <= 2 * MAX_CHARS else ""), []
-    names = sorted({token for token in tokens if re.match("['⟨A-Za-zα-ω∞∅]", token)} - {"e", "i", "π"})
-    for turn in range(8):  # three points of integers, even and odd, then fractions of both signs
-        point, stack = {"e": math.e, "i": 1j, "π": math.pi}, [")", *tokens[::-1]]
-        for name in names:  # by its name alone: other names of the answer may cancel
-            n = random.Random(f"{turn}{name}").randint(2, 20)
-            sign = (-1) ** (ord(name[-2:][0]) >> max(0, turn - 3))  # of its letter, or its index: x_{1}
-            point[name] = Fraction(2 * n + turn) if turn < 3 else Fraction(n * sign, 8)
-        try:
-            value = read(stack, point)
-            values.append(None if len(stack) > 1 or (turn > 2 and "j" in repr(value)) else spell(value))
-        except Exception:  # nothing a model writes may stop the training
-            values.append(None)
-    return values if values.count(None) < 6 else None
-
-def is_equiv(a, b):
-    """Whether two answers are equal. An unreadable one equals only the same string, an empty one nothing. Ours."""
-    a, b = normalize_answer(a), normalize_answer(b)
-    for mark, pattern in OPTIONAL.items():
-        if (mark in a) != (mark in b) and len({*re.findall(pattern, f"{a},{b}")}) == 1:
-            a, b = re.sub(pattern, "", a), re.sub(pattern, "", b)
-    same = [x == y for x, y in zip(read_answer(a) or (), read_answer(b) or ()) if x and y]
-    return a == b != "" or (len(same) > 2 and all(same))
-
-def reward_fn(completion, answer):
-    """1.0 if the last box equals the answer (or one of a list; each may be a text with a box), else 0.0. Ours."""
-    golds = map(str, answer if isinstance(answer, (list, tuple, set)) else [answer])
-    golds = [(extract_boxed(gold) or "") if re.search(r"\\(boxed|fbox)", gold) else gold for gold in golds]
-    return float(any(is_equiv(extract_boxed(completion) or "", gold) for gold in golds))
+def add(values: list[Number]) -> Number:
+    """The sum; 0 where nothing but rounding errors is left of it."""
+    total = bounded(sum(values))
+    if isinstance(total, Fraction):
+        return total
+    largest = max(map(abs, values))
+    if abs(total) < 1e-14 * largest and largest < 1e4:
+        return Fraction(0)
+    if abs(total) < 1e-5 * largest:
+        raise Unreadable("too few digits are left for a comparison")
+    return total
 
 
-def is_readable(gold): return gold.isdigit() or read_answer(normalize_answer(gold)) is not None
+def multiply(values: list[Number]) -> Number:
+    if values[0] == -1 and values[1:] == [math.inf]:
+        return -math.inf
+    result = Fraction(1)
+    for value in values:
+        result = bounded(result * value)
+    return result
+
+
+def power(base: Number, exponent: Number) -> Number:
+    """Exact where it can be. An odd root of a negative number is real: (-8)^{1/3} = -2."""
+    if not isinstance(exponent, Fraction):
+        return base ** exponent if base else Fraction(0)
+    if exponent.denominator == 1:
+        if isinstance(base, Fraction):
+            bits = math.log2(max(abs(base.numerator), base.denominator)) * abs(exponent)
+            if bits > MAX_BITS:
+                raise Unreadable("too large")
+        return base ** int(exponent)
+    if not isinstance(base, complex) and base < 0 and exponent.denominator % 2 == 1:
+        sign = -1 if exponent.numerator % 2 else 1
+        return sign * power(-base, exponent)
+    if isinstance(base, Fraction) and base >= 0:
+        root = exact_root(base, exponent.denominator)
+        if root is not None:
+            return power(root, Fraction(exponent.numerator))
+        base = float(base)
+    return complex(base) ** float(exponent)
+
+
+def exact_root(value: Fraction, degree: int) -> Fraction | None:
+    """The root of a value that is not negative, if it is rational."""
+    roots = []
+    for number in (value.numerator, value.denominator):
+        if degree > 64 or number.bit_length() > 1000:
+            return None
+        root = math.isqrt(number) if degree == 2 else round(number ** (1 / degree))
+        if root ** degree != number:
+            return None
+        roots.append(root)
+    return Fraction(roots[0], roots[1])
+
+
+def small_integer(value: Number, largest: int = 300) -> int:
+    if not isinstance(value, Fraction) or value.denominator != 1 or abs(value) > largest:
+        raise Unreadable("not a small whole number")
+    return int(value)
+
+
+def binomial(n: Number, k: Number) -> Number:
+    """n may be any number: n(n-1)...(n-k+1)/k!."""
+    result = Fraction(1)
+    for step in range(small_integer(k)):
+        result = result * (n - step) / (step + 1)
+    return result
+
+
+def common(function: Callable, values: tuple) -> Fraction:
+    """Greatest common divisor or least common multiple of two numbers or more."""
+    if len(values) < 2:
+        raise Unreadable("one number has nothing in common")
+    return Fraction(function(*(small_integer(value, 10**30) for value in values)))
+
+
+CALLS = {
+    "sin": cmath.sin,
+    "cos": cmath.cos,
+    "tan": cmath.tan,
+    "cot": lambda x: 1 / cmath.tan(x),
+    "sec": lambda x: 1 / cmath.cos(x),
+    "csc": lambda x: 1 / cmath.sin(x),
+    "arcsin": cmath.asin,
+    "arccos": cmath.acos,
+    "arctan": cmath.atan,
+    "arccot": lambda x: math.pi / 2 - cmath.atan(x),
+    "arcsec": lambda x: cmath.acos(1 / x),
+    "arccsc": lambda x: cmath.asin(1 / x),
+    "sinh": cmath.sinh,
+    "cosh": cmath.cosh,
+    "tanh": cmath.tanh,
+    "exp": cmath.exp,
+    "ln": cmath.log,
+    "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
+    "root": lambda x, index=2: power(x, 1 / index),
+    "sqrt": lambda x: power(x, Fraction(1, 2)),
+    "abs": abs,
+    "floor": lambda x: Fraction(math.floor(x)),
+    "ceil": lambda x: Fraction(math.ceil(x)),
+    "factorial": lambda n: Fraction(math.factorial(small_integer(n))),
+    "binomial": binomial,
+    "max": lambda *values: max(values),
+    "min": lambda *values: min(values),
+    "gcd": lambda *values: common(math.gcd, values),
+    "lcm": lambda *values: common(math.lcm, values),
+}
+CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j}
+POINTS = 12
+
+
+def point_value(name: str, point: int) -> Number:
+    """Value of a name at a point. It depends on the name alone, so that other names may cancel.
+
+    Points 0 to 3 are whole numbers, 4 and 5 lie between 0 and 1, the others are fractions of both
+    signs. Parity and sign are bits of the letter's number: at some point those of two letters
+    differ, and (-1)^m is not (-1)^n.
+    """
+    if name in CONSTANTS:
+        return CONSTANTS[name]
+    letter = sum(map(ord, name))
+    bit = letter >> (point % 5) & 1
+    mixed = zlib.crc32(f"{point} {name}".encode())
+    if point < 4:
+        rank = letter % 32 // 2  # rising at point 0, falling at 1: both n > k and k > n are tried
+        halves = [2 + rank, 18 - rank, 2 + mixed % 9, 2 + mixed % 15]
+        return Fraction(2 * halves[point] + bit)
+    if point < 6:
+        return Fraction(1 + mixed % 95, 97)
+    size = Fraction(1 + mixed % 300, 97)
+    return -size if bit or point == 11 else size
+
+
+def value_of(tree: tuple, point: int, real: bool) -> Number:
+    """Value of a formula at a point. Raises Unreadable where it has none, or none that is real."""
+    kind = tree[0]
+    if kind == "number":
+        return tree[1]
+    if kind == "name":
+        return point_value(tree[1], point)
+    if kind == "word" and may_be_product(tree[1]):
+        return multiply([point_value(letter, point) for letter in tree[1]])
+    if kind == "infinity":
+        return math.inf
+    if kind == "sum":
+        return add([value_of(term, point, real) for term in tree[1]])
+    if kind == "product":
+        return multiply([value_of(factor, point, real) for factor in tree[1]])
+    if kind == "inverse":
+        return bounded(1 / value_of(tree[1], point, real))
+    if kind == "degrees":
+        return value_of(tree[1], point, real) * math.pi / 180
+    if kind == "power":
+        base = value_of(tree[1], point, real)
+        value = bounded(power(base, value_of(tree[2], point, real)))
+    elif kind == "call":
+        values = [value_of(argument, point, real) for argument in tree[2]]
+        function = CALLS.get(tree[1])
+        value = bounded(function(*values) if function else unknown_function(tree[1], values))
+    else:
+        raise Unreadable(f"a {kind} has no value")
+    if real and isinstance(value, complex):
+        raise Unreadable("outside the real domain")
+    return value
+
+
+def may_be_product(word: str) -> bool:
+    """mgh, which stands alone and so was taken for a word."""
+    return is_letters(word) and len(word) < 5 and word.lower() != "no"
+
+
+def unknown_function(name: str, values: list[Number]) -> Number:
+    """Some fixed function in place of the f of f(2x): it tells f(2x) from 2f(x)."""
+    weighted = [place * value for place, value in enumerate(values, start=1)]
+    return cmath.cos(sum(weighted) + zlib.crc32(name.encode()) % 97)
+
+
+@functools.lru_cache(maxsize=4096)
+def value_at(tree: tuple, point: int, real: bool) -> Number | None:
+    """Value of a formula at a point, None where it has none."""
+    try:
+        return value_of(tree, point, real)
+    except (Unreadable, ArithmeticError, ValueError, TypeError):
+        return None
+
+
+def constant_value(tree: tuple) -> Number | None:
+    """Value of a formula without variables; (√2)^2 is 2, though computed with rounding errors."""
+    if variables(tree):
+        return None
+    value = value_at(tree, 0, real=False)
+    if not isinstance(value, float) or abs(value) > 1e9:
+        return value
+    near = Fraction(value).limit_denominator(1 + int(10_000 / (1 + abs(value))))
+    return near if abs(near - value) < 1e-13 * abs(value) else value
+
+
+def names_in(tree: tuple) -> set[str]:
+    if tree[:1] == ("name",):
+        return {tree[1]}
+    if tree[:1] == ("word",):
+        return set(tree[1])
+    return set().union(*(names_in(part) for part in tree if isinstance(part, tuple)))
+
+
+def variables(tree: tuple) -> set[str]:
+    return names_in(tree) - CONSTANTS.keys()
+
+
+def same_number(a: Number, b: Number, exact: bool) -> bool:
+    """Equal as fractions, or to eleven digits; if `exact`, a fraction is no rounded number."""
+    if a == b:
+        return True
+    rational = isinstance(a, Fraction) + isinstance(b, Fraction)
+    if rational == 2 or (exact and rational == 1) or not cmath.isfinite(a - b):
+        return False
+    return abs(a - b) <= 1e-11 * max(abs(a), abs(b))
+
+
+def values_at_points(a: tuple, b: tuple) -> Iterator[tuple]:
+    """Pairs of values at the points where both formulas are defined: in real numbers, unless one
+    of the formulas speaks of i."""
+    real = "i" not in names_in(a) | names_in(b)
+    for point in range(POINTS):
+        x = value_at(a, point, real)
+        y = value_at(b, point, real)
+        if x is not None and y is not None:
+            yield x, y
+
+
+def same_value(a: tuple, b: tuple) -> bool:
+    """Equal wherever both are defined, at two points at least."""
+    if not variables(a) and not variables(b):
+        x = constant_value(a)
+        y = constant_value(b)
+        return x is not None and y is not None and same_number(x, y, exact=True)
+    agreed = 0
+    for x, y in values_at_points(a, b):
+        if not same_number(x, y, exact=False):
+            return False
+        agreed += 1
+    return agreed > 1
+
+
+def is_multiple(a: tuple, b: tuple, positive: bool) -> bool:
+    """Is a = c b with a constant c (c > 0 if `positive`)? Then a = 0 and b = 0 say the same."""
+    if not variables(a) or not variables(b):
+        return False
+    pairs = list(values_at_points(a, b))
+    if any((x == 0) != (y == 0) for x, y in pairs):
+        return False
+    ratios = [x / y for x, y in pairs if y != 0]
+    if len(ratios) < 3:
+        return False
+    factor = ratios[0]
+    if not all(same_number(factor, ratio, exact=False) for ratio in ratios):
+        return False
+    return not positive or (not isinstance(factor, complex) and factor > 0)
+
+
+# Sets of real numbers are lists of intervals ((low, is in), (high, is in)).
+
+REAL_LINE = [((-math.inf, False), (math.inf, False))]
+
+
+def region(tree: tuple) -> list | None:
+    """Intervals of [1,2), of a union, of R without points, of an inequality in one variable."""
+    kind = tree[0]
+    if kind == "reals":
+        return REAL_LINE
+    if kind == "tuple":
+        return interval(tree[1], tree[2]) if len(tree[2]) == 2 else None
+    if kind == "set":
+        ends = [(constant_value(item), True) for item in tree[1]]
+        return list(zip(ends, ends)) if all(is_real(point) for point, _ in ends) else None
+    if kind == "relation":
+        return region_of_relation(tree[1], tree[2])
+    if kind == "without":
+        return without_points(region(tree[1]), region(tree[2]))
+    is_list_of_relations = kind == "list" and all(item[0] == "relation" for item in tree[1])
+    if kind == "union" or is_list_of_relations:
+        return region_of_parts(tree[1])
+    return None
+
+
+def interval(brackets: str, ends: tuple) -> list | None:
+    low, high = map(constant_value, ends)
+    if not is_real(low) or not is_real(high) or low >= high:
+        return None
+    has_low = brackets[0] == "["
+    has_high = brackets[1] == "]"
+    return [((low, has_low), (high, has_high))]
+
+
+def is_real(value: Number | None) -> bool:
+    return isinstance(value, (Fraction, float))
+
+
+def region_of_parts(parts: tuple) -> list | None:
+    """The union of the parts; x≠1, x≠2 leave out both points."""
+    regions = list(map(region, parts))
+    if None in regions or len(set().union(*map(variables, parts))) > 1:
+        return None
+    if all(part[0] == "relation" and part[1] == "≠" for part in parts):
+        points = [side for part in parts for side in part[2] if not variables(side)]
+        return without_points(REAL_LINE, region(("set", tuple(points))))
+    return [piece for part in regions for piece in part]
+
+
+def without_points(pieces: list | None, points: list | None) -> list | None:
+    if pieces is None or points is None:
+        return None
+    for (point, _), end in points:
+        if point != end[0]:
+            return None
+        rest = []
+        for low, high in pieces:
+            if low[0] < point < high[0]:
+                rest.append((low, (point, False)))
+                rest.append(((point, False), high))
+            else:
+                rest.append((low, high))
+        pieces = rest
+    return pieces
+
+
+def region_of_relation(signs: str, parts: tuple) -> list | None:
+    """x<2, 0<x≤7, x≠1, x∈[0,1): a name between constants."""
+    if set(signs) <= {">", "≥"}:
+        signs = signs[::-1].replace(">", "<").replace("≥", "≤")
+        parts = parts[::-1]
+    is_name = [part[0] == "name" and part[1] not in CONSTANTS for part in parts]
+    if sum(is_name) != 1:
+        return None
+    if signs == "∈":
+        return region(parts[1]) if is_name[0] else None
+    if signs == "≠":
+        point = parts[1] if is_name[0] else parts[0]
+        return without_points(REAL_LINE, region(("set", (point,))))
+    if not set(signs) <= {"<", "≤"}:
+        return None
+    if is_name == [True, False]:  # x<2 is -∞<x<2
+        return interval("(]" if signs == "≤" else "()", (negative(INFINITY), parts[1]))
+    if is_name == [False, True]:
+        return interval("[)" if signs == "≤" else "()", (parts[0], INFINITY))
+    if is_name == [False, True, False]:
+        brackets = ("[" if signs[0] == "≤" else "(") + ("]" if signs[1] == "≤" else ")")
+        return interval(brackets, (parts[0], parts[2]))
+    return None
+
+
+def same_region(a: tuple, b: tuple) -> bool | None:
+    """Whether two sets of real numbers are equal; None if one side is no such set."""
+    one = region(a)
+    other = region(b)
+    if one is None or other is None:
+        return None
+    if variables(a) and variables(b) and variables(a) != variables(b):
+        return False
+    ends_one = [end for piece in sorted(one) for end in piece]
+    ends_other = [end for piece in sorted(other) for end in piece]
+    return len(one) == len(other) and all(map(same_end, ends_one, ends_other))
+
+
+def same_end(a: tuple, b: tuple) -> bool:
+    return a[1] == b[1] and same_number(a[0], b[0], exact=True)
+
+
+# What one of two answers may leave out: a label such as x= or area=, a unit, a degree sign.
+
+def label_of(tree: tuple) -> str:
+    """The label of x=5, f(x)=x^2, area=12, m+n=17, (x,y)=(1,2), x∈[0,1]; "" if there is none."""
+    if tree[0] != "relation" or not set(tree[1]) <= {"=", "∈"}:
+        return ""
+    label = tree[2][0]
+    value = tree[2][-1]
+    if label[0] == "name" and "(" in label[1]:
+        return label[1]
+    if label in SPECIAL_TREES.values() or value[0] == "word" or is_variable(value):
+        return ""  # A=B is not B
+    if label[0] == "word":
+        return label[1] if MODIFIERS.isdisjoint(label[1].lower().split()) else ""
+    if value[0] != "set" and variables(label) & variables(value):
+        return ""
+    if label[0] == "tuple":
+        is_label = all(map(is_variable, label[2])) and value[0] in ("tuple", "matrix")
+    elif not variables(label).isdisjoint({"x", "y", "z"}) and label[0] != "name":
+        is_label = False  # m+n=17 names a number, but x+y=5 is a line
+    elif label[0] == "sum":
+        is_label = all(map(is_power_of_name, label[1]))
+    elif label[0] == "call":
+        is_label = not has_number(label)
+    else:
+        is_label = is_variable(label)
+    return str(label[1:]) if is_label else ""
+
+
+def is_variable(tree: tuple) -> bool:
+    return tree[0] == "name" and tree[1] not in CONSTANTS
+
+
+def is_power_of_name(tree: tuple) -> bool:
+    return tree[0] == "name" or (tree[0] == "power" and tree[1][0] == "name")
+
+
+def has_number(tree: tuple) -> bool:
+    if tree[:1] == ("number",):
+        return True
+    return any(has_number(part) for part in tree if isinstance(part, tuple))
+
+
+def without_label(tree: tuple) -> tuple | None:
+    """5 of x=5, of x=10/2=5 and of 2+3=5; None where nothing may be left out."""
+    parts = tree[2]
+    value = parts[-1]
+    is_equation = set(tree[1]) <= {"=", "∈"}
+    if not is_equation or not all(same_value(part, value) for part in parts[1:-1]):
+        return None
+    is_true = not variables(parts[0]) and same_value(parts[0], value)
+    return value if is_true or label_of(tree) else None
+
+
+def without_degrees(tree: tuple) -> tuple:
+    """30 of 30°, but sin 30° stays what it is."""
+    if tree[0] == "degrees":
+        return tree[1]
+    if tree[0] in ("sum", "product"):
+        return (tree[0], tuple(map(without_degrees, tree[1])))
+    return tree
+
+
+# The comparison itself, by the kinds of the two trees.
+
+def same_tree(a: tuple, b: tuple) -> bool:
+    """Are two trees the same answer?"""
+    kinds = {a[0], b[0]}
+    if kinds == {"number"}:
+        return a == b
+    if kinds not in ({"tuple"}, {"set"}):
+        verdict = same_region(a, b)
+        if verdict is not None:
+            return verdict
+    if kinds == {"relation"}:
+        return same_relation(a, b)
+    if "relation" in kinds:
+        relation, other = in_order(a, b, "relation")
+        value = without_label(relation)
+        if value is not None and (other[0] != "list" or value[0] == "set"):
+            return same_tree(value, other)
+        return other[0] == "list" and same_items(a, b)
+    if kinds & {"list", "set"}:
+        return same_items(a, b)
+    if "unit" in kinds:
+        unit, other = in_order(a, b, "unit")
+        if other[0] == "unit":
+            return unit[2] == other[2] and same_tree(unit[1], other[1])
+        return same_tree(unit[1], other)
+    if kinds & {"tuple", "matrix"}:
+        return same_entries(a, b)
+    if kinds in ({"union"}, {"ratio"}):
+        return all_same(a[1], b[1])
+    if "base" in kinds:
+        return same_base(a, b)
+    if kinds == {"word"}:
+        return a[1].casefold() == b[1].casefold()
+    return same_value(a, b) or same_angle(a, b)
+
+
+def in_order(a: tuple, b: tuple, kind: str) -> tuple[tuple, tuple]:
+    """The tree of this kind first."""
+    return (a, b) if a[0] == kind else (b, a)
+
+
+def all_same(a: tuple, b: tuple) -> bool:
+    return len(a) == len(b) and all(map(same_tree, a, b))
+
+
+def same_angle(a: tuple, b: tuple) -> bool:
+    """30° and 30: the sign may be left out on one side."""
+    bare_a = without_degrees(a)
+    bare_b = without_degrees(b)
+    return (bare_a == a) != (bare_b == b) and same_value(bare_a, bare_b)
+
+
+def same_base(a: tuple, b: tuple) -> bool:
+    """52_8 and 52: the question names the base, so it may be left out; 42 is another answer."""
+    based, other = in_order(a, b, "base")
+    if other[0] == "base":
+        return a == b
+    digits = based[1]
+    return digits.strip("-").isdecimal() and other == ("number", Fraction(digits))
+
+
+def same_entries(a: tuple, b: tuple) -> bool:
+    """Points, intervals with their brackets, matrices; a vector and the point of its entries."""
+    if a[0] == b[0] == "tuple":
+        return a[1] == b[1] and all_same(a[2], b[2])
+    if a[0] == b[0]:
+        rows_a = a[1]
+        rows_b = b[1]
+        return len(rows_a) == len(rows_b) and all(map(all_same, rows_a, rows_b))
+    one = entries(a)
+    other = entries(b)
+    if ("number", 0) in (a, b) and "matrix" in (a[0], b[0]):  # \mathbf{0} is a column of zeros
+        return set(one + other) == {("number", 0)}
+    return one != () and all_same(one, other)
+
+
+def entries(tree: tuple) -> tuple:
+    """Entries of a point, a column or a row; () for anything else."""
+    if tree[0] == "tuple" and tree[1] == "()":
+        return tree[2]
+    if tree[0] != "matrix":
+        return ()
+    if len(tree[1]) == 1:
+        return tree[1][0]
+    is_column = all(len(row) == 1 for row in tree[1])
+    return tuple(row[0] for row in tree[1]) if is_column else ()
+
+
+def same_items(a: tuple, b: tuple) -> bool:
+    """Lists and sets without order, each item once; named items and bare ones in order."""
+    one = a[1] if a[0] in ("list", "set") else (a,)
+    other = b[1] if b[0] in ("list", "set") else (b,)
+    if len(one) != len(other):
+        return same_named_point(one, b) or same_named_point(other, a)
+    labels_one = set(map(item_label, one))
+    labels_other = set(map(item_label, other))
+    if len(labels_one | labels_other) > 2 and {""} in (labels_one, labels_other):
+        has_units = any(item[0] == "unit" for item in one + other)
+        return has_units and all_same(one, other)  # 8 chickens and 5 rabbits: 8, 5
+    return match_all(one, other, same_item)
+
+
+def match_all(one: Sequence, other: Sequence, is_same: Callable) -> bool:
+    """Has each item its own partner?"""
+    rest = list(other)
+    for item in one:
+        partner = next((candidate for candidate in rest if is_same(item, candidate)), None)
+        if partner is None:
+            return False
+        rest.remove(partner)
+    return not rest
+
+
+def same_item(a: tuple, b: tuple) -> bool:
+    r"""\{1\} and 1 are the same answer, but not the same item of a set of sets."""
+    return (a[0] == "set") == (b[0] == "set") and same_tree(a, b)
+
+
+def item_label(item: tuple) -> str:
+    """Unit or name of an item, without index: x of x_1=5, chicken of 8 chickens."""
+    return item[2] if item[0] == "unit" else label_of(item).partition("_")[0]
+
+
+def same_named_point(named: tuple, point: tuple) -> bool:
+    """y=4,x=3 and (3,4): the names in alphabetical order."""
+    labels = [label_of(item) for item in named]
+    if "" in labels or len(set(labels)) < max(2, len(labels)):
+        return False
+    values = [item[2][-1] for _, item in sorted(zip(labels, named))]
+    return all_same(tuple(values), entries(point))
+
+
+def same_relation(a: tuple, b: tuple) -> bool:
+    """Equal part by part, or step by step up to order and a constant factor."""
+    if a[1] == b[1]:
+        turned = b[2][::-1] if b[1] == "=" else b[2]
+        if all_same(a[2], b[2]) or all_same(a[2], turned):
+            return True
+    return match_all(chain_steps(a), chain_steps(b), same_step)
+
+
+def chain_steps(relation: tuple) -> list[tuple]:
+    """(sign, difference of the sides) of every step of a chain; > and ≥ are turned round."""
+    _, signs, parts = relation
+    turned = {">": "<", "≥": "≤"}
+    found = []
+    for sign, left, right in zip(signs, parts, parts[1:]):
+        if sign in turned:
+            found.append((turned[sign], ("sum", (right, negative(left)))))
+        else:
+            found.append((sign, ("sum", (left, negative(right)))))
+    return found
+
+
+def same_step(a: tuple, b: tuple) -> bool:
+    """2x-4<0 and x-2<0: the differences are multiples of one another."""
+    is_inequality = a[0] in ("<", "≤")
+    return a[0] == b[0] and is_multiple(a[1], b[1], positive=is_inequality)
+
+
+# Words around an answer.
+
+CONDITION = re.compile(
+    r'^(?P<formula>.*?[^,;(\s])[,;(\s]*'
+    r'(?P<condition>"(?:for|where|with|when|if|provided|such that|given)\b.*'
+    r'|(?<=[,;\s])[a-zA-Z] ?∈ ?\\(?:mathbb|reals).*|(?<=\()[a-zA-Z] ?[<>≤≥≠][^()]*\))$'
+)
+CONDITION_WORDS = re.compile(
+    r"[=<>≤≥≠∈]|\b(?:integers?|real|constants?|numbers?|arbitrary|positive)\b"
+    r'|\b(?:all|any|every|each|some)[" ]+[a-zA-Z]\b'
+)
+CHOICE = re.compile(
+    r'^(?:\( *"?(?P<a>[A-H])"? *\)\s+|"?(?P<b>[A-H])"? *[.):]\s*)'
+    r'(?P<content>(?!\W*[A-H]\W*$)[^"\s,;].*)$'
+)
+
+
+def split_condition(text: str) -> tuple[str, str]:
+    """n^2 "for all n" -> n^2 and its condition."""
+    found = CONDITION.match(text)
+    if found is None or not CONDITION_WORDS.search(found["condition"]):
+        return text, ""
+    first_word = found["condition"].split()[0]
+    if "otherwise" in text or text.count(first_word) > 1:
+        return text, ""  # several cases
+    return found["formula"], found["condition"]
+
+
+def split_choice(text: str) -> list[str]:
+    """(B) 5 and B. 5 -> B and 5; any other text alone."""
+    found = CHOICE.match(text)
+    return [text] if found is None else [found["a"] or found["b"], found["content"]]
+
+
+def plain_text(text: str) -> str:
+    """For texts that cannot be read: without idle spaces and quotes, words in small letters."""
+    text = re.sub(r"(?<![A-Za-z\\])[A-Za-z]{3,}", lambda word: word[0].casefold(), text)
+    return re.sub(r"(?<!\d) | (?!\d)", "", text.replace('"', ""))
+
+
+def same_text(a: str, b: str) -> bool:
+    if plain_text(a) == plain_text(b):
+        return plain_text(a) != ""
+    try:
+        return same_tree(parse_text(a), parse_text(b))
+    except (Unreadable, OverflowError):  # or a fraction too large for a float
+        return False
+
+
+def is_equiv(a: str, b: str) -> bool:
+    """Whether two answers are equal; one that cannot be read equals only the same text. [ours]"""
+    if max(len(a), len(b)) > MAX_CHARS:
+        return a.strip() == b.strip()
+    a, condition_a = split_condition(normalise(a))
+    b, condition_b = split_condition(normalise(b))
+    if condition_a and condition_b and plain_text(condition_a) != plain_text(condition_b):
+        return False
+    parts_a = split_choice(a)
+    parts_b = split_choice(b)
+    if len(parts_a) == len(parts_b):
+        return all(map(same_text, parts_a, parts_b))
+    return any(same_text(x, y) for x in parts_a for y in parts_b)
+
+
+def reward_fn(completion: str, answer: str | float | list) -> float:
+    """1.0 if the last box equals the answer (or one of a list), else 0.0. [ours]
+
+    Each right answer may itself be a text with a box, such as a solution.
+    """
+    box = extract_boxed(completion)
+    golds = answer if isinstance(answer, (list, tuple, set)) else [answer]
+    for gold in map(str, golds):
+        if BOX.search(gold):
+            gold = extract_boxed(gold) or ""
+        if box is not None and is_equiv(box, gold):
+            return 1.0
+    return 0.0
+
+
+def is_readable(gold: str) -> bool:
+    """False if this right answer would be compared as text only. [ours]"""
+    if len(gold) > MAX_CHARS:
+        return False
+    text = split_condition(normalise(gold))[0]
+    try:
+        tree = parse_text(text)
+        return same_tree(tree, tree)
+    except (Unreadable, OverflowError):
+        return bool(re.fullmatch(r'[\w\s".,:\'-]*"[\w\s".,:\'-]*', text))
 
 
 # ------------------------------------------------------------------------- Prompts and data

@@ -1,143 +1,226 @@
-"""Compare the verifier with Math-Verify on the golds of question files and on the cases of test_treerpo.py.
+"""Measure the verifier on labelled pairs and on rewrites and edits of real answers.
 
-    python experiments/verifier.py questions.jsonl [more.jsonl ...] [--out experiments/results/verifier.jsonl]
+    python experiments/verifier.py questions.jsonl [more.jsonl ...] [--pairs pairs.jsonl]
+                                   [--out experiments/results/verifier.jsonl] [--no-math-verify]
 
-Pairs whose truth is known by construction: every gold with itself, with other golds of its file (different when both
-are plain numbers of different value; otherwise their truth is unknown and only agreement is counted), with rewrites
-that keep the value and edits that change it, and our own table of cases. Results hold answers only, no question texts.
-Needs Math-Verify (pip install math-verify "latex2sympy2_extended[antlr4_13_2]"); it is used here and nowhere else.
+Question files are JSONL; the right answer stands in final_answer, answer or solution. For each file
+this prints how many of its answers can be read, and it compares every answer with itself, with
+rewrites that keep its value, edits that change it, and other answers of its file (known to differ
+only where both are plain numbers; otherwise agreement is counted, and no truth).
+
+A pairs file has one JSON object a line: {"completion", "answer"} or {"a", "b"}, "right" (the
+verdict), and "group" and "kind", by which the table is split. Results hold answers, no questions.
+Math-Verify is measured beside ours; it is used here and nowhere else:
+pip install math-verify "latex2sympy2_extended[antlr4_13_2]"
 """
 import argparse
+import importlib.util
 import json
 import random
 import re
 import sys
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from treerpo import is_equiv, normalize_answer, read_answer  # noqa: E402
+from treerpo import extract_boxed, is_equiv, is_readable, reward_fn  # noqa: E402
 
-REWRITES = {  # keep the value of any answer
-    "spaces": lambda s: f" {s} ", "dollars": lambda s: f"${s}$", "dfrac": lambda s: s.replace(r"\frac", r"\dfrac"),
-    "left-right": lambda s: s if r"\left" in s else s.replace("(", r"\left(").replace(")", r"\right)"),
-    "thin space": lambda s: rf"\,{s}",
+
+def replace(old: str, new: str) -> Callable:
+    return lambda text: text.replace(old, new)
+
+
+NUMBER = re.compile(r"(\d|[-+.(){} ]|\\d?frac|\\sqrt|\\pi)+")
+FRACTION = re.compile(r"(?<!\d)(?<!\d )\\d?frac\{([^{}]*)\}\{([^{}]*)\}")  # no mixed number
+KEEPING = {
+    "spaces": lambda text: f" {text} ",
+    "dollars": lambda text: f"${text}$",
+    "full stop": lambda text: text if text.endswith(".") else f"{text}.",
+    "dfrac": replace(r"\frac", r"\dfrac"),
+    "left-right": lambda text: replace_brackets(text),
+    "thin space": lambda text: rf"\,{text}",
+    "x =": lambda text: f"x = {text}" if NUMBER.fullmatch(text) else text,
+    "a/b": lambda text: FRACTION.sub(r"(\1)/(\2)", text),
+    "sqrt()": lambda text: re.sub(r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)", text),
+    "pi": lambda text: re.sub(r"\\pi(?![A-Za-z])", "π", text),
+    "n.0": lambda text: f"{text}.0" if re.fullmatch(r"-?\d{1,3}", text) else text,
+    "bmatrix": replace("pmatrix", "bmatrix"),
+    "row space": replace(r" \\ ", r" \\[4pt] "),
 }
-EDITS = {  # change the value of a number or an expression
-    "sign": lambda s: f"-({s})", "plus one": lambda s: f"({s})+1", "double": lambda s: f"2({s})",
-    "pair": lambda s: f"({s}, 1)", "greater": lambda s: f"x > {s}",
+CHANGING = {
+    "sign": lambda text: f"-({text})",
+    "plus one": lambda text: f"({text})+1",
+    "double": lambda text: f"2({text})",
+    "pair": lambda text: f"({text}, 1)",
+    "greater": lambda text: f"x > {text}",
+    "squared": lambda text: rf"{text}\text{{ squared}}",
+    "list": lambda text: rf"{text} \text{{ or }} 10^9",
 }
+NONZERO_NUMBER = re.compile(r"-?[1-9]\d*(\.\d+)?|-?\\frac\{\d+\}\{\d+\}|-?\d*\\sqrt\{\d+\}")
 
 
-def load_golds(path):
-    """Final answers of a JSONL file, without the surrounding dollar signs."""
+def replace_brackets(text: str) -> str:
+    if r"\left" in text or r"\{" in text or text.count("(") != text.count(")"):
+        return text
+    return text.replace("(", r"\left(").replace(")", r"\right)")
+
+
+def load_golds(path: str) -> list[str]:
+    """The right answers of a question file, without the dollar signs around them."""
     golds = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = {key.lower(): value for key, value in json.loads(line).items()}
-        gold = next((row[key] for key in ("final_answer", "answer", "solution") if row.get(key) is not None), None)
-        gold = gold[0] if isinstance(gold, list) and gold else gold
-        text = str(gold if gold is not None else "").rsplit("####", 1)[-1].strip()
+        found = [row[key] for key in ("final_answer", "answer", "solution") if row.get(key)]
+        gold = found[0] if found else ""
+        gold = gold[0] if isinstance(gold, list) else gold
+        text = str(gold).rsplit("####", 1)[-1].strip()
+        text = (extract_boxed(text) or "") if r"\boxed" in text else text
         golds.append(text[1:-1] if re.fullmatch(r"\$[^$]*\$", text) else text)
     return [gold for gold in golds if gold]
 
 
-def plain_number(text):
-    """The value if it is a plain number, for which the truth needs no grader."""
+def plain_number(text: str) -> Fraction | None:
+    """The value if the text is a plain number, for which the truth needs no grader."""
     text = text.replace(",", "")
     return Fraction(text) if re.fullmatch(r"-?\d+(\.\d+)?", text) else None
 
 
-def pairs_of(name, golds, per_gold, rng):
-    """(source, kind, a, b, truth or None)."""
+def pairs_of_golds(name: str, golds: list[str], others: int, rng: random.Random) -> list[dict]:
+    """Every answer with itself, its rewrites, its edits and `others` other answers."""
+    pairs = []
+
+    def add(kind: str, a: str, b: str, truth: bool | None) -> None:
+        pairs.append({"source": name, "kind": kind, "a": a, "b": b, "truth": truth})
+
     for gold in golds:
-        yield name, "itself", gold, gold, True
-        for kind, rewrite in REWRITES.items():
-            yield name, f"rewrite: {kind}", gold, rewrite(gold), True
-        if plain_number(gold) or re.fullmatch(r"-?\\frac\{\d+\}\{\d+\}|-?\d*\\sqrt\{\d+\}", gold):
-            for kind, edit in EDITS.items():
-                yield name, f"edit: {kind}", gold, edit(gold), False
-        for other in rng.sample(golds, min(per_gold, len(golds))):
+        add("itself", gold, gold, True)
+        for kind, rewrite in KEEPING.items():
+            if rewrite(gold) != gold:
+                add(f"rewrite: {kind}", gold, rewrite(gold), True)
+        if NONZERO_NUMBER.fullmatch(gold):
+            for kind, edit in CHANGING.items():
+                add(f"edit: {kind}", gold, edit(gold), False)
+        for other in rng.sample(golds, min(others, len(golds))):
             if other != gold:
-                a, b = plain_number(gold), plain_number(other)
-                yield name, "other gold", gold, other, None if a is None or b is None else a == b
+                a = plain_number(gold)
+                b = plain_number(other)
+                add("other answer", gold, other, None if a is None or b is None else a == b)
+    return pairs
 
 
-def math_verify_equiv(a, b):
-    """Math-Verify's verdict for gold a and answer b, as its own documentation calls it."""
-    return bool(verify(parse(rf"\boxed{{{a}}}"), parse(rf"\boxed{{{b}}}")))
+def labelled_pairs(path: str) -> list[dict]:
+    pairs = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        pair = {"source": row["group"], "kind": row["kind"], "truth": row["right"]}
+        pair["a"] = row["answer"] if "answer" in row else row["a"]
+        pair["b"] = row["completion"] if "completion" in row else row["b"]
+        pair["is_completion"] = "completion" in row
+        pairs.append(pair)
+    return pairs
 
 
-def timed(function, a, b):
-    start = time.process_time()
-    try:
-        verdict = function(a, b)
-    except Exception as error:  # a grader that stops is a result, too
-        verdict = type(error).__name__
-    return verdict, time.process_time() - start
+def ours(pair: dict) -> bool:
+    if pair.get("is_completion"):
+        return reward_fn(pair["b"], pair["a"]) == 1.0
+    return is_equiv(pair["a"], pair["b"])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def math_verify(pair: dict) -> bool:
+    """Its verdict, called as its documentation says: the right answer first."""
+    from math_verify import parse, verify
+
+    answer = pair["b"] if pair.get("is_completion") else rf"\boxed{{{pair['b']}}}"
+    return bool(verify(parse(rf"\boxed{{{pair['a']}}}"), parse(answer)))
+
+
+def judge(pairs: list[dict], name: str, grader: Callable) -> None:
+    """Enter verdict and CPU time; a grader that stops is a result, too."""
+    for pair in pairs:
+        start = time.process_time()
+        try:
+            pair[name] = grader(pair)
+        except Exception as error:
+            pair[name] = type(error).__name__
+        pair[f"{name}_ms"] = round(1000 * (time.process_time() - start), 3)
+
+
+def print_table(pairs: list[dict], names: list[str], key: str) -> None:
+    """Share of right verdicts and number of false positives, by source or kind."""
+    columns = [f"{name} right | {name} false positives" for name in names]
+    print("| " + " | ".join([key, "pairs", *columns]) + " |")
+    print("|---|---|" + "---|---|" * len(names))
+    for value in dict.fromkeys(pair[key] for pair in pairs):
+        known = [pair for pair in pairs if pair[key] == value and pair["truth"] is not None]
+        if not known:
+            continue
+        cells = [value, str(len(known))]
+        for name in names:
+            right = sum(pair[name] == pair["truth"] for pair in known)
+            false = sum(pair[name] is True and pair["truth"] is False for pair in known)
+            cells += [f"{right / len(known):.1%}", str(false)]
+        print("| " + " | ".join(cells) + " |")
+
+
+def print_report(pairs: list[dict], names: list[str]) -> None:
+    print("\nWrong verdicts")
+    for pair in pairs:
+        if pair["truth"] is None:
+            continue
+        wrong = ", ".join(name for name in names if pair[name] != pair["truth"])
+        says = "equal" if pair["truth"] else "different"
+        if wrong:
+            print(f"  {wrong}: {pair['kind']}: {pair['a']} ~ {pair['b']} ({says})")
+    unknown = [pair for pair in pairs if pair["truth"] is None and pair["ours"] is True]
+    print(f"\nDifferent answers of one file that ours calls equal: {len(unknown)}")
+    for pair in unknown:
+        print(f"  {pair['source']}: {pair['a']} ~ {pair['b']}")
+    for key in ("source", "kind"):
+        print()
+        print_table(pairs, names, key)
+    print()
+    for name in names:
+        times = [pair[f"{name}_ms"] for pair in pairs]
+        print(f"{name}: {sum(times) / len(times):.2f} ms CPU a pair, longest {max(times):.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="question files (JSONL)")
+    parser.add_argument("--pairs", help="labelled pairs (JSONL)")
     parser.add_argument("--out", default="experiments/results/verifier.jsonl")
-    parser.add_argument("--per-gold", type=int, default=3, help="other golds to compare each gold with")
+    parser.add_argument("--others", type=int, default=3, help="other answers to compare each with")
+    parser.add_argument("--no-math-verify", action="store_true", help="measure ours alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    global parse, verify
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        print('Math-Verify is missing: pip install math-verify "latex2sympy2_extended[antlr4_13_2]"', file=sys.stderr)
-        sys.exit(2)
-    from test_treerpo import PAIRS
+    if not args.files and not args.pairs:
+        parser.error("nothing to measure: give question files, or --pairs")
+    graders = {"ours": ours}
+    if not args.no_math_verify:
+        if importlib.util.find_spec("math_verify") is None:
+            parser.error('math-verify is missing: pip install math-verify "latex2sympy2_extended'
+                         '[antlr4_13_2]", or give --no-math-verify')
+        graders["math_verify"] = math_verify
 
-    rng, pairs = random.Random(args.seed), []
+    rng = random.Random(args.seed)
+    pairs = labelled_pairs(args.pairs) if args.pairs else []
     for path in args.files:
         golds = load_golds(path)
-        unreadable = [gold for gold in golds if read_answer(normalize_answer(gold)) is None]
-        print(f"{Path(path).stem}: {len(golds)} golds, {len(unreadable)} not readable: {unreadable}")
-        pairs += pairs_of(Path(path).stem, golds, args.per_gold, rng)
-    pairs += [("our cases", category, a, b, truth) for category, truth, a, b in PAIRS
-              if category != "not supported"]  # there the table says what ours does, not what is true
+        unreadable = [gold for gold in golds if not is_readable(gold)]
+        share = 1 - len(unreadable) / len(golds)
+        print(f"{Path(path).stem}: {len(golds)} answers, {share:.2%} can be read, not {unreadable}")
+        pairs += pairs_of_golds(Path(path).stem, golds, args.others, rng)
 
-    rows = []
-    for source, kind, a, b, truth in pairs:
-        ours, our_seconds = timed(is_equiv, a, b)
-        theirs, their_seconds = timed(math_verify_equiv, a, b)
-        rows.append({"source": source, "kind": kind, "a": a, "b": b, "truth": truth, "ours": ours,
-                     "math_verify": theirs, "ours_ms": round(1000 * our_seconds, 3),
-                     "math_verify_ms": round(1000 * their_seconds, 3)})
+    for name, grader in graders.items():
+        judge(pairs, name, grader)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    print("\nDisagreements (truth: by construction, ? = not known)")
-    for row in rows:
-        if row["ours"] != row["math_verify"]:
-            right = {None: "?", row["ours"]: "ours", row["math_verify"]: "Math-Verify"}.get(row["truth"], "neither")
-            print(f"  {right:12} {row['source']}, {row['kind']}: {row['a']} ~ {row['b']} | ours {row['ours']}, "
-                  f"Math-Verify {row['math_verify']}")
-
-    print("\nfp: false positives of the pairs known to differ; MV: Math-Verify")
-    print("| source | pairs | agree | ours right | MV right | ours fp | MV fp |")
-    print("|---|---|---|---|---|---|---|")
-    for source in dict.fromkeys(row["source"] for row in rows):
-        some = [row for row in rows if row["source"] == source]
-        known = [row for row in some if row["truth"] is not None]
-        different = [row for row in known if row["truth"] is False]
-        cells = [f"{sum(row['ours'] == row['math_verify'] for row in some) / len(some):.1%}"]
-        for right in ("ours", "math_verify"):
-            cells.append(f"{sum(row[right] == row['truth'] for row in known) / len(known):.1%}")
-        for who in ("ours", "math_verify"):
-            cells.append(f"{sum(row[who] is True for row in different)}/{len(different)}")
-        print(f"| {source} | {len(some)} | " + " | ".join(cells) + " |")
-    others = [row for row in rows if row["kind"] == "other gold"]
-    equal = [(row["a"], row["b"]) for row in others if row["ours"] is True]
-    print(f"pairs of different golds of one file: {len(others)}, called equal by ours: {len(equal)} {equal}")
-    for who in ("ours", "math_verify"):
-        times = [row[f"{who}_ms"] for row in rows]
-        print(f"{who}: {sum(times) / len(times):.2f} ms per pair, longest {max(times):.1f} ms (CPU time)")
+        for pair in pairs:
+            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    print_report(pairs, list(graders))
 
 
 if __name__ == "__main__":
