@@ -271,9 +271,9 @@ class Node:
 # ----------------------------------------------------------------------- Tree sampling (§3.1)
 @dataclass(frozen=True)
 class Decoding:
-    """How to sample: exactly from softmax(logits / temperature) over the ids below n_tokens."""
+    """How to sample: exactly from softmax(logits / temperature) over the ids below vocab_size."""
     eos_ids: tuple[int, ...]                # each ends an answer; the first one is also padding
-    n_tokens: int                           # ids from here on only pad the embedding matrix
+    vocab_size: int                         # ids from here on only pad the embedding matrix
     temperature: float = 0.6                # 0 is greedy
     max_rows: int = 512                     # most sequences of one generate call
     call_len: int = 384                     # a longer step takes several generate calls
@@ -341,7 +341,7 @@ class DrawToken:
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         eos_id = self.decoding.eos_ids[0]
-        logits[:, self.decoding.n_tokens:] = -math.inf
+        logits[:, self.decoding.vocab_size:] = -math.inf
         logits[self.n_rows:, eos_id] = math.inf  # a filler row ends at once
         if self.decoding.progress is not None:
             self.decoding.progress(self.n_rows)
@@ -632,7 +632,7 @@ class PackedRow:
     leave: Tensor                           # [T], first number behind the node's descendants
     predictors: Tensor                      # [M], the column whose output predicts the token
     targets: Tensor                         # [M], the token
-    segments: Tensor                        # [M], its step, 0 to S - 1
+    step_of: Tensor                         # [M], the number of its step, 0 to S - 1
     advantages: Tensor                      # [S]
     old_logps: Tensor | None = None         # [M], from before the first optimiser step
     ref_logps: Tensor | None = None         # [M], of the initial model
@@ -655,7 +655,7 @@ def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False)
     last_column = {}  # of every node, the column of its last token
     predictors = []
     targets = []
-    segments = []
+    step_of = []
     advantages = []
     for k, node in enumerate(nodes):
         start = len(ids)
@@ -670,7 +670,7 @@ def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False)
         if pack[node]:
             predictors += [last_column[node.parent], *columns[:-1]]
             targets += node.tokens
-            segments += [len(advantages)] * len(node.tokens)
+            step_of += [len(advantages)] * len(node.tokens)
             advantages.append(node.advantage)
     if padded:
         length = max(1024, 2 ** math.ceil(math.log2(len(ids))))
@@ -686,7 +686,7 @@ def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False)
         leave=torch.tensor([leave[k] for k in owners], device=device),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor(targets, device=device),
-        segments=torch.tensor(segments, device=device),
+        step_of=torch.tensor(step_of, device=device),
         advantages=torch.tensor(advantages, device=device),
     )
 
@@ -715,11 +715,11 @@ def token_logps(
     model: torch.nn.Module,
     row: PackedRow,
     temperature: float,
-    n_tokens: int,
+    vocab_size: int,
     max_logits: int = 2**25,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [M] of the scored tokens and entropies [M] of the distributions they are scored
-    under, softmax(logits / temperature) over the first n_tokens ids. Float32, nats.
+    under, softmax(logits / temperature) over the first vocab_size ids. Float32, nats.
 
     The output layer runs in chunks of at most max_logits float32 logits. If it takes more than
     one, a chunk is computed again in the backward pass instead of being kept.
@@ -732,13 +732,13 @@ def token_logps(
     ).last_hidden_state[0, row.predictors]
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.get_output_embeddings()(hidden)[:, :n_tokens].float() / temperature
+        logits = model.get_output_embeddings()(hidden)[:, :vocab_size].float() / temperature
         log_z = logits.logsumexp(-1)
         logps = logits.gather(1, targets[:, None])[:, 0] - log_z
         entropies = log_z - (logits.softmax(-1) * logits).sum(-1)
         return logps, entropies
 
-    chunk = max(1, max_logits // n_tokens)
+    chunk = max(1, max_logits // vocab_size)
     if len(hidden) <= chunk:
         return score(hidden, row.targets)
     logps = []
@@ -756,7 +756,7 @@ def policy_loss(
     old_logps: Tensor,
     ref_logps: Tensor | None,
     entropies: Tensor,
-    segments: Tensor,
+    step_of: Tensor,
     advantages: Tensor,
     n_tokens: int,
     n_steps: int,
@@ -775,19 +775,19 @@ def policy_loss(
     "sequence" (GSPO, 2507.18071 Eq. 7) a step has one ratio exp(mean_t log r_t) and the first term
     is the mean over the n_steps steps; KL and entropy stay means over tokens.
 
-    logps, old_logps, ref_logps (None: no KL), entropies, segments: [M]; advantages: [S].
+    logps, old_logps, ref_logps (None: no KL), entropies, step_of: [M]; advantages: [S].
     -> loss; [tokens (sequence: steps) that the clip changed, sum of k3, sum of H], no gradient.
     Raises ValueError for an unknown ratio.
     """
     log_ratio = logps - old_logps
     if ratio == "token":
         n_units = n_tokens
-        advantages = advantages[segments]
+        advantages = advantages[step_of]
     elif ratio == "sequence":
         n_units = n_steps
         zeros = torch.zeros_like(advantages)
-        lengths = zeros.index_add(0, segments, torch.ones_like(logps))
-        log_ratio = zeros.index_add(0, segments, log_ratio) / lengths
+        lengths = zeros.index_add(0, step_of, torch.ones_like(logps))
+        log_ratio = zeros.index_add(0, step_of, log_ratio) / lengths
     else:
         raise ValueError(f"ratio {ratio!r}: choose 'token' or 'sequence'")
     r = log_ratio.exp()
@@ -838,7 +838,7 @@ def optimizer_step(
     rows: list[PackedRow],
     mixed: bool,
     temperature: float,
-    n_tokens: int,
+    vocab_size: int,
     ratio: str,
     clip_eps: float,
     kl_coef: float,
@@ -857,11 +857,11 @@ def optimizer_step(
     totals = torch.zeros(3, device=model.device)
     with torch.autocast(device, torch.bfloat16, enabled=mixed):  # casts the weights once
         for row in rows:
-            logps, entropies = token_logps(model, row, temperature, n_tokens)
+            logps, entropies = token_logps(model, row, temperature, vocab_size)
             # None in the first mini-batch, whose ratios are 1.
             old_logps = logps.detach() if row.old_logps is None else row.old_logps
             loss, statistics = policy_loss(
-                logps, old_logps, row.ref_logps, entropies, row.segments, row.advantages,
+                logps, old_logps, row.ref_logps, entropies, row.step_of, row.advantages,
                 batch_tokens, batch_steps, ratio, clip_eps, kl_coef, entropy_coef,
             )
             with torch.autocast(device, enabled=False):  # it is not meant for backward passes
@@ -877,8 +877,8 @@ def optimizer_step(
     return {
         "grad_norm": grad_norm.item() if finite else None,
         "clip_ratio": clipped / (batch_tokens if ratio == "token" else batch_steps),
-        "kl_sum": kl_sum if finite else 0.0,  # NaN would be no JSON
-        "entropy_sum": entropy_sum if finite else 0.0,
+        "kl_sum": kl_sum,
+        "entropy_sum": entropy_sum,
         "tokens": batch_tokens,
     }
 
@@ -892,7 +892,7 @@ def update_policy(
     pack_len: int,
     mixed: bool,
     temperature: float,
-    n_tokens: int,
+    vocab_size: int,
     ratio: str,
     clip_eps: float,
     kl_coef: float,
@@ -916,26 +916,27 @@ def update_policy(
         for row in rows:
             with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
                 if number > 0:
-                    row.old_logps, _ = token_logps(model, row, temperature, n_tokens)
+                    row.old_logps, _ = token_logps(model, row, temperature, vocab_size)
                 if reference is not None:
-                    row.ref_logps, _ = token_logps(reference, row, temperature, n_tokens)
+                    row.ref_logps, _ = token_logps(reference, row, temperature, vocab_size)
             progress(len(row.targets))
     updates = []
     for rows in batches:
         update = optimizer_step(
-            model, optimizer, rows, mixed, temperature, n_tokens, ratio, clip_eps, kl_coef,
+            model, optimizer, rows, mixed, temperature, vocab_size, ratio, clip_eps, kl_coef,
             entropy_coef,
         )
         updates.append(update)
         progress(update["tokens"])
     if not updates:  # every group was pruned
         return {"grad_norm": 0.0, "clip_ratio": 0.0, "kl": 0.0, "entropy": 0.0, "skipped": False}
-    trained_tokens = sum(update["tokens"] for update in updates)
+    made = [update for update in updates if update["grad_norm"] is not None]
+    trained_tokens = max(1, sum(update["tokens"] for update in made))
     return {
         "grad_norm": updates[-1]["grad_norm"],
         "clip_ratio": updates[-1]["clip_ratio"],
-        "kl": sum(update["kl_sum"] for update in updates) / trained_tokens,
-        "entropy": sum(update["entropy_sum"] for update in updates) / trained_tokens,
+        "kl": sum(update["kl_sum"] for update in made) / trained_tokens,
+        "entropy": sum(update["entropy_sum"] for update in made) / trained_tokens,
         "skipped": any(update["grad_norm"] is None for update in updates),
     }
 
@@ -1017,7 +1018,7 @@ def train_step(
     status.phase("updating")
     update = update_policy(
         model, reference, optimizer, trees, settings.minibatches, settings.pack_len,
-        mixed, settings.temperature, decoding.n_tokens, settings.ratio,
+        mixed, settings.temperature, decoding.vocab_size, settings.ratio,
         settings.clip_eps, settings.kl_coef, settings.entropy_coef, status.tokens,
     )
     if mixed:
@@ -1183,9 +1184,10 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
     model.set_attn_implementation("grouped")
 
 
-def compile_training(model: torch.nn.Module) -> None:
+def compile_training(model: torch.nn.Module, mode: str) -> None:
     """Make the update faster: attention leaves out the blocks that the ancestor mask empties, and
-    each layer's small operations are fused. If the compiler fails on a trial, a line says so."""
+    each layer's small operations are fused. If the compiler fails on a trial, a line says so, or
+    with mode "on" BadInput."""
     model.set_attn_implementation("flex_attention")
     layers = model.get_decoder().layers
     for layer in layers:
@@ -1200,6 +1202,7 @@ def compile_training(model: torch.nn.Module) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler shows in many ways
+        require(mode == "auto", f"--compile on: the compiler fails ({one_line(error)})")
         model.set_attn_implementation("sdpa")
         for layer in layers:
             layer._compiled_call_impl = None
@@ -2991,7 +2994,8 @@ def load_questions(
         if not is_known(answer):
             require(
                 skip_unanswered,
-                f"{place}: the answer must be text or a number, not {answer!r:.80}",
+                f"{place}: the answer must be text or a number, not {answer!r:.80}; "
+                "delete that row",
             )
             continue
         text = question_text(cell, place)
@@ -3132,17 +3136,17 @@ def make_decoding(
     """Stop at every end token that model, generation config or tokenizer name, and at the end of
     a chat turn. Tokens that the tokenizer does not know are never drawn."""
     vocabulary = tokenizer.get_vocab()
-    n_tokens = min(max(vocabulary.values()) + 1, model.config.vocab_size)
+    vocab_size = min(max(vocabulary.values()) + 1, model.config.vocab_size)
     stops = {tokenizer.eos_token_id, vocabulary.get("<|im_end|>")}
     for named in (model.config.eos_token_id, model.generation_config.eos_token_id):
         stops |= set(named) if isinstance(named, list) else {named}
-    eos_ids = sorted(stop for stop in stops if stop is not None and stop < n_tokens)
+    eos_ids = sorted(stop for stop in stops if stop is not None and stop < vocab_size)
     require(
         eos_ids,
         f"the model has no embedding for the end token {tokenizer.eos_token!r}; set another "
         "eos_token in its tokenizer_config.json",
     )
-    return Decoding(tuple(eos_ids), n_tokens, temperature, max_rows)
+    return Decoding(tuple(eos_ids), vocab_size, temperature, max_rows)
 
 
 def add_workspace(
@@ -3161,12 +3165,14 @@ def add_workspace(
     length += Workspace.padding
     workspace = Workspace(decoding.max_rows, length, compile_config)
     static = dataclasses.replace(decoding, workspace=workspace)
+    # All ids about equally likely: an answer that ends at its first token would compile nothing.
+    uniform = dataclasses.replace(static, temperature=1e6)
     original = model.config._attn_implementation
     use_grouped_attention(model)
     print("compiling the decoding step, which takes about two minutes", flush=True)
     start = time.perf_counter()
     try:
-        sample_trees(model, [[decoding.eos_ids[0]]], [1], [4], static)
+        sample_trees(model, [[decoding.eos_ids[0]]], [8], [4], uniform)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler shows in many ways
@@ -3635,9 +3641,9 @@ def set_up(settings: Settings) -> Run:
     decoding = make_decoding(model, tokenizer, settings.temperature, settings.max_rows)
     decoding = add_workspace(sampler, decoding, length, settings.compile)
     if decoding.workspace is not None and dtype == "mixed":
-        compile_training(model)
+        compile_training(model, settings.compile)
         if reference is not None:
-            compile_training(reference)
+            compile_training(reference, settings.compile)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.lr,

@@ -5,8 +5,8 @@
 
 decode   milliseconds a token of one generate call, plain and compiled, context about 600
 update   trained tokens a second, plain and compiled, with the reference model's pass
-step     sampling and update of one training step of the paper's tree, 8 8 8 with steps of 384 tokens.
-         The random model ends an answer with probability 1/500 a token; leaves are right by chance
+step     sampling and update of one training step of the paper's tree, 8 8 8 of 384 tokens. The
+         random model ends an answer with probability 1/500 a token; leaves are right by chance
 
 Every line goes to experiments/results/gpu.jsonl with card and versions.
 """
@@ -172,7 +172,7 @@ def bench_step(models: dict, decoding: treerpo.Decoding, n_questions: int, pack_
         updating = seconds_of(
             lambda: treerpo.update_policy(
                 models["trained"], models["reference"], optimizer, trees, minibatches=2,
-                pack_len=pack_len, mixed=True, temperature=1.0, n_tokens=N_TOKENS, ratio="token",
+                pack_len=pack_len, mixed=True, temperature=1.0, vocab_size=N_TOKENS, ratio="token",
                 clip_eps=0.2, kl_coef=0.001, entropy_coef=0.001,
             )
         )
@@ -203,7 +203,7 @@ def random_tree() -> treerpo.Node:
 
 
 def bench_update(models: dict, label: str, pack_lens: list[int], log: Log) -> None:
-    """Forward and backward passes of four packs, the reference's pass and all host work included."""
+    """Forward and backward passes of four packs, with the reference's pass and all host work."""
     tree = random_tree()
     for pack_len in pack_lens:
         torch.cuda.reset_peak_memory_stats()
@@ -274,8 +274,8 @@ def main() -> None:
     if "update" in args.parts:
         bench_update(models, "plain", [4096], log)
     if "update" in args.parts or "step" in args.parts:
-        treerpo.compile_training(models["trained"])
-        treerpo.compile_training(models["reference"])
+        treerpo.compile_training(models["trained"], "on")
+        treerpo.compile_training(models["reference"], "on")
         check_flex(models["trained"], log)
     if "update" in args.parts:
         bench_update(models, "compiled", [4096, 8192], log)
