@@ -13,8 +13,9 @@ One training step:
   5. Update: a clipped policy gradient with a KL term (§3.4, Eq. 5) and an entropy bonus (§4)
      trains the tokens of every step whose group was kept.
 `train_step` is these five lines in code. A "step" of an answer is one Node; a training step is one
-batch of questions, and takes a few optimiser steps. GRPO is the tree of depth 1, with Eq. 3. GSPO
-(2507.18071) and TreeAdv (2601.03703) change one piece each.
+batch of questions, and takes a few optimiser steps. GRPO is the tree of depth 1, with Eq. 3. From
+there GSPO (2507.18071) changes the ratio in 5, and TreeAdv (2601.03703) the trees in 1 and the
+groups in 3 and 4.
 
     python treerpo.py                                   # bundled model and task, minutes on a CPU
     python treerpo.py --model Qwen/Qwen2.5-Math-1.5B    # the paper's settings, one CUDA GPU
@@ -178,8 +179,10 @@ class Settings(OutputSettings, SpeedSettings, LearningSettings, TreeSettings, Da
     """
 
 
-# Presets apply in this order: DEMO (without --model), ALGORITHMS, DEMO_WHOLE_ANSWERS, given flags.
-# What --algo NAME changes: whole answers instead of a tree, and what each paper says of itself.
+# Presets apply in this order: DEMO (without --model), ALGORITHMS, DEMO_WHOLE_ANSWERS (DEMO without
+# a tree), SEQUENCE_CLIP_EPS (sequence ratios), given flags.
+# What --algo NAME changes: whole answers, as long as three steps of 384 tokens, instead of a tree;
+# Eq. 3; and GSPO's ratio. TreeAdv takes --leaves and --trees for --branching.
 WHOLE_ANSWERS = {"branching": [8], "step_len": [1152], "normalizer": "std"}
 ALGORITHMS = {
     "treerpo": {},
@@ -218,8 +221,9 @@ DEMO_WHOLE_ANSWERS = {"step_len": [56]}  # four levels of 14 tokens
 class Node:
     """One step of an answer: the tokens by which it continues its parent. A root is a prompt.
 
-    The paper's Figure 2 as backed-up rewards. A number in parentheses, or without children, is a
-    verified leaf; (0 0 1) are the children of the number before them:
+    The paper's Figure 2 as backed-up rewards. Children stand below each other or, in the last two
+    levels, in one line; (0 0 1) are the children of the number before them. What has no children is
+    a verified leaf:
 
         root .444 -+- .037 -+- .111 -+- 0   0   .333 (0 0 1)
                    |        +- 0
@@ -359,7 +363,8 @@ class DrawToken:
 def open_rows(
     rows: Rows, index: list[int], new_tokens: int, workspace: "Workspace | None"
 ) -> tuple[Tensor, Tensor, Cache]:
-    """These rows as `generate` takes them: ids, mask and a cache of its own."""
+    """rows[index] as `generate` takes them: ids, mask and a cache that holds copies of their keys
+    and values, the workspace's or a new one."""
     if workspace is not None:
         return workspace.open_rows(rows, index, new_tokens)
     picked = select_rows(rows, index)
@@ -376,9 +381,10 @@ def generate_tokens(
 ) -> Rows:
     """One call of HF generate: nodes[k] continues row index[k] by up to new_tokens tokens.
 
-    -> the rows after it: row k is that of nodes[k], and behind its end token comes padding. They
-    are views of the cache, which the next call on a static cache overwrites. Raises
-    FloatingPointError if the logits are not numbers.
+    -> the rows after it: row k is that of nodes[k]; behind them may come filler rows. A finished
+    row is good for nothing more: its padding behind the end token is not masked. kv are views of
+    the cache, which the next call on a static cache overwrites. Raises FloatingPointError if the
+    logits are not numbers.
     """
     ids, mask, cache = open_rows(rows, index, new_tokens, decoding.workspace)
     draw_token = DrawToken(decoding, len(nodes))
@@ -403,7 +409,7 @@ def generate_tokens(
         )
     finally:
         model.generation_config = original
-    if draw_token.scores.isnan().any():  # once there, they never leave the cache
+    if draw_token.scores.isnan().any():  # the last ones: a NaN in the cache spoils all later ones
         raise FloatingPointError("the model's logits are not numbers; are its weights damaged?")
     new = out[:, ids.shape[1]:]
     for node, tokens in zip(nodes, new.tolist()):
@@ -770,10 +776,11 @@ def policy_loss(
         (1 / n_tokens) sum_t [ -min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)
                                + kl_coef k3_t - entropy_coef H_t ]
 
-    r_t = pi / pi_old; k3 = exp(d) - d - 1 with d = log pi_ref - log pi, clamped to +-10. It is the
-    mean over all tokens [code]; Eq. 5 takes the mean over answers of their means. With ratio
-    "sequence" (GSPO, 2507.18071 Eq. 7) a step has one ratio exp(mean_t log r_t) and the first term
-    is the mean over the n_steps steps; KL and entropy stay means over tokens.
+    A is the advantage of the token's step; r_t = pi / pi_old; k3 = exp(d) - d - 1 with
+    d = log pi_ref - log pi, clamped to +-10. The loss is the mean over all tokens [code]; Eq. 5
+    takes the mean over answers of their means. With ratio "sequence" (GSPO, 2507.18071 Eq. 7) a
+    step has one ratio exp(mean_t log r_t) and the min term is the mean over the n_steps steps; KL
+    and entropy stay means over tokens.
 
     logps, old_logps, ref_logps (None: no KL), entropies, step_of: [M]; advantages: [S].
     -> loss; [tokens (sequence: steps) that the clip changed, sum of k3, sum of H], no gradient.
@@ -902,8 +909,9 @@ def update_policy(
     """One optimiser step for each mini-batch of these trees (§4) -> the metrics of the batch.
 
     Old and reference log-probs are taken before the first optimiser step. The first mini-batch
-    needs no pass for the old ones: they are its own, so that it clips nothing, and clip_ratio is
-    that of the last mini-batch. progress is called with the tokens of each pass.
+    needs no pass for the old ones: the policy has not moved yet, so its ratios are 1 and it clips
+    nothing. clip_ratio and grad_norm are those of the last mini-batch. progress is called with the
+    tokens of each row, once before the optimiser steps, and with those of each optimiser step.
     """
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     model.train(checkpointing)  # which works in training mode only
@@ -993,9 +1001,9 @@ def train_step(
     prompts = [question["prompt"] for question in batch]
     answers = [question["answer"] for question in batch]
     tau = settings.prune_threshold
-    start = time.perf_counter()
 
     # 1. Grow.
+    start = time.perf_counter()
     status.phase("sampling")
     trees = grow_trees(sampler, prompts, decoding, settings)
     sampled = time.perf_counter()
@@ -1024,7 +1032,6 @@ def train_step(
     if mixed:
         sampler.load_state_dict(model.state_dict())  # the trained weights, rounded to bf16
     end = time.perf_counter()
-
     times = {
         "tok_per_s": metrics["tokens_sampled"] / (end - start),
         "time_sample": sampled - start,
@@ -1041,8 +1048,8 @@ def train_step(
 # redistributed to the steps. Only its abstract and summaries could be read, so the details (one
 # round of forks, positions of highest entropy, the plain mean) are ours.
 def pick_forks(rollouts: list[Node], n_forks: int, threshold: float) -> list[list[int]]:
-    """The n_forks positions of highest entropy above the threshold (nats) in these answers to one
-    question -> for every answer the sorted positions at which a fork draws another token."""
+    """The up to n_forks positions of highest entropy above the threshold (nats) in these answers to
+    one question -> for every answer the sorted positions whose token a fork draws once more."""
     candidates = []
     for k, rollout in enumerate(rollouts):
         for position, entropy in enumerate(rollout.entropies):
@@ -1056,8 +1063,9 @@ def pick_forks(rollouts: list[Node], n_forks: int, threshold: float) -> list[lis
 
 
 def split_rollout(rollout: Node, forks: list[int]) -> tuple[Node, list[Node]]:
-    """Cut an answer before these positions -> the root of a new tree, a chain of steps; for each
-    position the node that its fork continues, which for position 0 is the root."""
+    """Cut an answer before each of these positions -> (root, parents): the answer as a new tree,
+    prompt - step - step ..., and for each position the node that ends there. A fork at the position
+    becomes a second child of that node, which for position 0 is the root."""
     prompt = rollout.parent
     root = Node(prompt.tokens, question=prompt.question)
     node = root
@@ -1110,16 +1118,16 @@ def sample_forests(
     roots = []
     parents = []
     budgets = []
-    for first in sample_trees(model, prompts, [n_trees], [budget], decoding):
-        forks = pick_forks(first.children, n_leaves - n_trees, threshold)
-        for rollout, positions in zip(first.children, forks):
+    for prompt in sample_trees(model, prompts, [n_trees], [budget], decoding):
+        forks = pick_forks(prompt.children, n_leaves - n_trees, threshold)
+        for rollout, positions in zip(prompt.children, forks):
             root, fork_parents = split_rollout(rollout, positions)
             roots.append(root)
             parents += fork_parents
             budgets += [budget - position for position in positions]
         n_forks = sum(len(positions) for positions in forks)
         for _ in range(n_leaves - n_trees - n_forks):  # a fresh answer is a fork of a bare prompt
-            root = Node(first.tokens, question=first.question)
+            root = Node(prompt.tokens, question=prompt.question)
             roots.append(root)
             parents.append(root)
             budgets.append(budget)
@@ -1161,7 +1169,8 @@ def grouped_attention(
     **options: object,
 ) -> tuple[Tensor, None]:
     """Attention of one new token: the query heads that share a key head become rows of one product.
-    The stock function, once compiled, copies keys and values for each of them. Prompts take it.
+    The stock function, once compiled, copies keys and values for each query head; prompts still
+    take it.
 
     query [B, H, 1, D]; key, value [B, H_kv, T, D]; attention_mask [B, 1, 1, T] -> [B, 1, H, D].
     """
@@ -1186,8 +1195,8 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
 
 def compile_training(model: torch.nn.Module, mode: str) -> None:
     """Make the update faster: attention leaves out the blocks that the ancestor mask empties, and
-    each layer's small operations are fused. If the compiler fails on a trial, a line says so, or
-    with mode "on" BadInput."""
+    each layer's small operations are fused. If the compiler fails on a trial, mode "auto" undoes
+    this and prints a line; mode "on" raises BadInput."""
     model.set_attn_implementation("flex_attention")
     layers = model.get_decoder().layers
     for layer in layers:
@@ -1214,9 +1223,9 @@ class Workspace:
     """The KV cache of every `generate` call on a GPU: two blocks of memory, keys and values, for
     each layer. They are never freed, because a CUDA graph is bound to addresses and shapes.
 
-    There is room for max_rows x length tokens, seen in few shapes [B, H_kv, T, D]: B a power of
-    two or the most that fits, T a multiple of 256. One long prompt then lowers B instead of raising
-    T for all.
+    A block has room for max_rows x length tokens. Each call views its start in a shape [B, H_kv, T,
+    D] that fits the call, one of a few: B a power of two or the most that fits, T a multiple of
+    256. So a long prompt lowers B for its own calls only; it needs no larger block.
     """
     padding = 1      # `generate` drops a mask without padding, and would compile a second time
     least_rows = 16
@@ -1255,7 +1264,8 @@ class Workspace:
         return rows.ids[picked], rows.mask[picked], cache
 
     def cache(self, kv: list[tuple[Tensor, Tensor]], batch: int, length: int) -> Cache:
-        """The block as a cache of this shape, made once for each shape."""
+        """The blocks viewed as a cache of this shape, made once for each shape. Of kv only heads,
+        widths and dtypes count; open_rows copies the contents."""
         if not self.blocks:
             for keys, values in kv:
                 # Zeros: what is masked is multiplied by 0, so it must be finite.
