@@ -828,7 +828,7 @@ def split_by_question(trees: list[Node], n_parts: int) -> list[list[Node]]:
         trained = [node for root in forest for node in root.walk() if node.trained]
         if trained:
             sizes.append((sum(len(node.tokens) for node in trained), question))
-    sizes.sort(reverse=True)
+    sizes.sort(key=lambda entry: -entry[0])
     n_parts = min(n_parts, len(sizes))
     parts = []
     for k in range(n_parts):
