@@ -2952,7 +2952,7 @@ def pick(row: dict, place: str, given: str | None, usual: list[str], what: str) 
     """The row's question or answer, from the given column, else from the first usual one."""
     for name in [given] if given else usual:
         value = look_up(row, name)
-        if value is not None:
+        if value is not None and value != "":
             return value
     columns = list(row) if isinstance(row, dict) else "no JSON object"
     wanted = given or "/".join(usual)

@@ -5,6 +5,7 @@
 
 decode   milliseconds a token of one generate call, plain and compiled, context about 600
 update   trained tokens a second, plain and compiled, with the reference model's pass
+variants the same without it: the full mask or the blocks of flex_attention, layers compiled or not
 step     sampling and update of one training step of the paper's tree, 8 8 8 of 384 tokens. The
          random model ends an answer with probability 1/500 a token; leaves are right by chance
 
@@ -229,6 +230,39 @@ def bench_update(models: dict, label: str, pack_lens: list[int], log: Log) -> No
         )
 
 
+def bench_variants(model, log: Log) -> None:
+    """Forward and backward passes of the packs of a tree, attention and compilation in turn."""
+    tree = random_tree()
+    layers = model.get_decoder().layers
+    for compiled in (False, True):
+        if compiled:
+            for layer in layers:
+                layer.compile(dynamic=True)
+        for attention in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(attention)
+            packs = treerpo.pack_nodes([tree], 8192)[:5]
+            padded = attention == "flex_attention"
+            rows = [treerpo.pack_row(pack, model.device, padded) for pack in packs]
+
+            def passes(some: list) -> None:
+                for row in some:
+                    with torch.autocast("cuda", torch.bfloat16):
+                        logps, _ = treerpo.token_logps(model, row, 1.0, N_TOKENS)
+                    logps.sum().backward()
+                model.zero_grad()
+
+            passes(rows[:1])
+            elapsed = seconds_of(lambda: passes(rows[1:]))
+            trained = sum(len(row.targets) for row in rows[1:])
+            log(
+                part="variants", how=f"{attention}, compiled {compiled}", pack_len=8192,
+                trained_per_s=round(trained / elapsed),
+            )
+    for layer in layers:
+        layer._compiled_call_impl = None
+    model.set_attn_implementation("sdpa")
+
+
 def check_flex(model, log: Log) -> None:
     """Log-probs of a pack by the compiled blocks and by the full mask, both in bf16."""
     tree = random_tree()
@@ -247,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", default=["decode", "update", "step"])
+    parser.add_argument("--parts", nargs="+", default=["decode", "update", "variants", "step"])
     parser.add_argument("--questions", type=int, default=16, help="of part step")
     parser.add_argument("--max-rows", type=int, default=512)
     parser.add_argument("--pack-len", type=int, default=4096, help="of part step")
@@ -265,7 +299,7 @@ def main() -> None:
         log(part="compile", seconds=round(time.perf_counter() - start, 1), **graph_counts())
     if "decode" in args.parts:
         bench_decode(sampler, plain, static, log)
-    if "update" in args.parts or "step" in args.parts:
+    if {"update", "variants", "step"} & set(args.parts):
         models = {
             "sampler": sampler,
             "trained": make_model(torch.float32),
@@ -273,6 +307,8 @@ def main() -> None:
         }
     if "update" in args.parts:
         bench_update(models, "plain", [4096], log)
+    if "variants" in args.parts:
+        bench_variants(models["trained"], log)
     if "update" in args.parts or "step" in args.parts:
         treerpo.compile_training(models["trained"], "on")
         treerpo.compile_training(models["reference"], "on")
