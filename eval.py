@@ -35,6 +35,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+if __name__ == "__main__" and sys.stderr.isatty():  # the next imports take some seconds
+    print("importing torch and transformers", end="\r", file=sys.stderr, flush=True)
+
 import torch
 import transformers
 from tqdm import tqdm

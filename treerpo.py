@@ -46,6 +46,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+if __name__ == "__main__" and sys.stderr.isatty():  # the next imports take some seconds
+    print("importing torch and transformers", end="\r", file=sys.stderr, flush=True)
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -850,6 +853,7 @@ def optimizer_step(
     clip_eps: float,
     kl_coef: float,
     entropy_coef: float,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, float | None]:
     """One optimiser step on one mini-batch -> the gradient's norm before clipping (None: the step
     was skipped), the share of clipped ratios, sums of KL and entropy, the number of tokens.
@@ -875,6 +879,7 @@ def optimizer_step(
                 loss.backward()
             total_loss += loss.detach()
             totals += statistics
+            progress(len(row.targets))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # [code]
     finite = math.isfinite(total_loss + grad_norm)  # waits for the device, once a step
     if finite:
@@ -911,7 +916,7 @@ def update_policy(
     Old and reference log-probs are taken before the first optimiser step. The first mini-batch
     needs no pass for the old ones: the policy has not moved yet, so its ratios are 1 and it clips
     nothing. clip_ratio and grad_norm are those of the last mini-batch. progress is called with the
-    tokens of each row, once before the optimiser steps, and with those of each optimiser step.
+    tokens of each row, once before the optimiser steps and once in them.
     """
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     model.train(checkpointing)  # which works in training mode only
@@ -932,10 +937,9 @@ def update_policy(
     for rows in batches:
         update = optimizer_step(
             model, optimizer, rows, mixed, temperature, vocab_size, ratio, clip_eps, kl_coef,
-            entropy_coef,
+            entropy_coef, progress,
         )
         updates.append(update)
-        progress(update["tokens"])
     if not updates:  # every group was pruned
         return {"grad_norm": 0.0, "clip_ratio": 0.0, "kl": 0.0, "entropy": 0.0, "skipped": False}
     made = [update for update in updates if update["grad_norm"] is not None]
