@@ -36,7 +36,7 @@ from statistics import fmean
 from typing import Literal
 
 if __name__ == "__main__" and sys.stderr.isatty():  # the next imports take some seconds
-    print("importing torch and transformers", end="\r", file=sys.stderr, flush=True)
+    print("importing torch and transformers", file=sys.stderr, flush=True)
 
 import torch
 import transformers
