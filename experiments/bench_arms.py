@@ -1,254 +1,260 @@
-"""One arm of bench.py in a process of its own: prints its row of results, a JSON object, as the last line.
+"""One arm of bench.py in a process of its own: prints its figures as JSON, the last line.
 
-    python experiments/bench_arms.py JOB        # JOB: JSON with arm, shape, repeat, device, memory_cap; see bench.py
+    python experiments/bench_arms.py JOB    # JOB: JSON with section, arm, case, repeat, old; see bench.py
+
+Seconds are CPU seconds of one thread, the best of up to three runs after a warm-up.
 """
+import dataclasses
+import importlib.util
 import json
 import math
 import platform
 import random
-import re
 import resource
-import statistics
 import sys
-import tempfile
 import time
-from collections import Counter
-from copy import deepcopy
-from itertools import groupby
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-import transformers
-from make_random_qwen import make_model, make_tokenizer
+import common
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+common.use_one_thread()
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
 import treerpo  # noqa: E402
+from make_random_qwen import SHAPES, make_model  # noqa: E402
 
-def clock(c):
-    if c.gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() if c.gpu else time.process_time()
+NEVER = -1e4  # a logit
 
-def memory(c, idle=False):
-    """MiB: the peak of the process so far; idle: what is in use now, from which the peak on a CPU is counted."""
-    if c.gpu:
-        return 0.0 if idle else torch.cuda.max_memory_allocated() / 2**20
-    if idle and Path("/proc/self/statm").exists():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-def measure(c, run, most=5.0):
-    """-> (row of the seconds and the peak memory, the last result). No further run after `most` seconds."""
-    start, seconds = memory(c, idle=True), []
-    while len(seconds) < 3 and sum(seconds) < most:
-        begin = clock(c)
-        result = run()
-        seconds.append(clock(c) - begin)
-    return dict(seconds=min(seconds), memory=memory(c) - start), result
+@dataclass
+class Case:
+    """What is sampled or trained, and by which model."""
+    size: str = "small"                     # of make_random_qwen.py
+    branching: tuple[int, ...] = (4, 4, 4)
+    step: int = 32                          # tokens of a step; no answer ends early
+    prompt: int = 64                        # tokens of the prompt
+    max_rows: int = 512
+    pack_len: int = 1024
 
-def load(c):
-    """-> (model to train, float32; model to sample from, bfloat16 on a GPU; optimiser; decoding without early ends)."""
-    if c.model:
-        folder = c.model if Path(c.model).exists() else HERE.parent / c.model
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    else:
-        model = make_model(c.hidden, c.layers, max(4, c.hidden // 64), 2, 4 * c.hidden, c.vocab)
-    model = sampler = model.to("cuda" if c.gpu else "cpu").eval()
-    if c.gpu:
-        sampler = deepcopy(model)
-        for p in sampler.parameters():
-            p.data = p.data.bfloat16()
-    size = model.config.vocab_size  # an EOS of this id is never sampled
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=c.gpu)
-    return model, sampler, optimizer, treerpo.Decoding((size,), size, 1.0, c.max_rows)
+    def step_lens(self) -> list[int]:
+        return [self.step] * len(self.branching)
 
-def random_tokens(n):
+
+def make_policy(case: Case) -> tuple[torch.nn.Module, treerpo.Decoding]:
+    """A random model that never ends an answer, so that all arms do the same work."""
+    shape = SHAPES[case.size]
+    eos_id = shape.vocab - 1
+    model = make_model(shape, eos_id, torch.float32, seed=0).eval()
+    bias = torch.zeros(shape.vocab)
+    bias[eos_id] = NEVER
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    return model, treerpo.Decoding((eos_id,), shape.vocab, 1.0, case.max_rows)
+
+
+def random_tokens(n: int) -> list[int]:
     return [random.randrange(200) for _ in range(n)]
 
-def bandwidth_limit(model, c):
-    """Seconds in which a GPU can read, at the speed of a copy, what each decoding step needs: weights and KV cache."""
-    block, config = torch.empty(2**28, dtype=torch.int32, device=model.device), model.config
-    speed = 2 * block.nbytes / measure(c, block.clone)[0]["seconds"]
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize  # bytes a position
-    weights, read = sum(p.nbytes for p in model.parameters()), 0
-    for depth in range(len(c.branching)):
-        rows, start = c.questions * math.prod(c.branching[:depth + 1]), c.prompt + depth * c.step
-        read += sum(math.ceil(rows / c.max_rows) * weights + rows * kv * (start + t) for t in range(c.step))
-    return read / speed
 
-def sampling_arm(arm, c):
-    """tree: ours. depth_1: ours, the same leaves without a tree. recompute, independent: plain generate."""
-    _, model, _, decoding = load(c)
+def fastest(work: Callable[[], object]) -> float:
+    """CPU seconds: the best of three runs, or fewer if they take long."""
+    seconds = []
+    while len(seconds) < 3 and sum(seconds) < 4:
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
-    def run(branching, steps):
-        prompts = [random_tokens(c.prompt) for _ in range(c.questions)]
-        if arm in ("depth_1", "independent"):
-            branching, steps = [math.prod(branching)], [sum(steps)]
-        if arm in ("tree", "depth_1"):
-            return [leaf for tree in treerpo.sample_trees(model, prompts, branching, steps, decoding)
-                    for leaf in tree.leaves()]
-        ids = torch.tensor(prompts, device=model.device)
-        for n, length in zip(branching, steps):  # every level reads its whole prefix again
-            config = transformers.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=0,
-                                                   num_return_sequences=n, eos_token_id=decoding.eos_ids[0])
-            ids = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return ids
-    run([2, 2], [2, 2])  # warm-up
-    row, leaves = measure(c, lambda: run(c.branching, [c.step] * len(c.branching)))
-    assert len(leaves) == c.questions * math.prod(c.branching)
-    if arm == "tree" and c.gpu:
-        row["x bandwidth limit"] = row["seconds"] / bandwidth_limit(model, c)
-    return row
 
-def random_tree(branching, step, prompt):
-    """A full tree of random tokens and advantages."""
-    level = [root := treerpo.Node(random_tokens(prompt))]
-    for n in branching:
-        for node in level:
-            node.children = [treerpo.Node(random_tokens(step), node, advantage=random.choice((-1.0, 1.0)))
-                             for _ in range(n)]
-        level = [child for node in level for child in node.children]
+def peak_mb() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def load_first_version(path: str) -> object:
+    spec = importlib.util.spec_from_file_location("first_treerpo", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["first_treerpo"] = module  # its dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------------------------- Sampling
+def sample_plain(
+    model: torch.nn.Module, ids: torch.Tensor, branching: list[int], lengths: list[int]
+) -> None:
+    """Plain `generate`: every level reads its whole prefix again."""
+    for width, length in zip(branching, lengths):
+        config = transformers.GenerationConfig(
+            do_sample=True, top_k=0, max_new_tokens=length, num_return_sequences=width,
+            eos_token_id=model.config.eos_token_id, pad_token_id=0,
+        )
+        mask = torch.ones_like(ids)
+        ids = model.generate(ids, attention_mask=mask, generation_config=config)
+
+
+def measure_sampling(arm: str, case: Case, old: object) -> dict:
+    model, decoding = make_policy(case)
+
+    def work(case: Case) -> None:
+        prompts = [random_tokens(case.prompt)]
+        branching = list(case.branching)
+        if arm == "tree":
+            treerpo.sample_trees(model, prompts, branching, case.step_lens(), decoding)
+        elif arm == "first version":
+            old_decoding = old.Decoding(decoding.eos_ids, decoding.vocab_size, 1.0, case.max_rows)
+            old.sample_trees(model, prompts, branching, case.step_lens(), old_decoding)
+        elif arm == "prefix again":
+            sample_plain(model, torch.tensor(prompts), branching, case.step_lens())
+        else:
+            n_leaves = math.prod(branching)
+            answer_len = sum(case.step_lens())
+            sample_plain(model, torch.tensor(prompts), [n_leaves], [answer_len])
+
+    work(dataclasses.replace(case, branching=(2, 2), step=2))
+    seconds = fastest(lambda: work(case))
+    return {"seconds": seconds, "peak_mb": peak_mb()}
+
+
+# ------------------------------------------------------------------------------------------ Update
+def random_tree(case: Case) -> treerpo.Node:
+    """A full tree of random tokens; every step is trained, with an advantage of +1 or -1."""
+    root = treerpo.Node(random_tokens(case.prompt))
+    level = [root]
+    for width in case.branching:
+        parents = [node for node in level for _ in range(width)]
+        level = [treerpo.Node(random_tokens(case.step), parent) for parent in parents]
+    for step in root.steps():
+        step.advantage = random.choice((-1.0, 1.0))
+        step.trained = True
     return root
 
-def plain_rows(arm, trees):
-    """-> [(path from the root, its nodes scored in this row)]: a row for each leaf, or for each node."""
-    nodes = [node for root in trees for node in root.walk() if node.parent]
-    return [(n.path(), n.path()[1:] if "leaf" in arm else [n]) for n in nodes if "node" in arm or not n.children]
 
-def plain_update(model, optimizer, rows, weights, c):
-    """Rows of equal length under causal attention, the logits of a micro-batch at once. -> grad norm, as of packs."""
-    copies = Counter(node for _, scored in rows for node in scored)  # a node in k rows counts 1 / k in each
-    optimizer.zero_grad()
-    for length, same in groupby(rows, key=lambda row: sum(len(node.tokens) for node in row[0])):
-        same, width = list(same), max(1, c.row_tokens // length)
-        for batch in (same[start:start + width] for start in range(0, len(same), width)):
-            ids = torch.tensor([[t for node in path for t in node.tokens] for path, _ in batch], device=model.device)
-            scale = torch.tensor([[node.advantage * weights[node.depth] / copies[node] for node in scored
-                                   for _ in node.tokens] for _, scored in batch], device=model.device)
-            keep = scale.shape[1]
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=c.gpu):
-                logits = model(ids, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1].float()
-            logps = logits.gather(2, ids[:, -keep:, None])[..., 0] - logits.logsumexp(2)
-            (-(scale * (logps - logps.detach()).exp()).sum()).backward()
+def as_old_tree(node: treerpo.Node, parent: object, kind: type) -> object:
+    """The same tree in the first version's nodes, which do not enter their parent's children."""
+    copied = kind(node.tokens, parent, advantage=node.advantage)
+    copied.children = [as_old_tree(child, copied, kind) for child in node.children]
+    return copied
+
+
+def update_packed(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tree: treerpo.Node,
+    case: Case,
+) -> float:
+    """-> the gradient norm. Without KL and entropy, as the other arms have none."""
+    metrics = treerpo.update_policy(
+        model, None, optimizer, [tree], minibatches=1, pack_len=case.pack_len, mixed=False,
+        temperature=1.0, vocab_size=model.config.vocab_size, ratio="token", clip_eps=0.2, kl_coef=0.0,
+        entropy_coef=0.0,
+    )
+    return metrics["grad_norm"]
+
+
+def update_first_version(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tree: object,
+    case: Case,
+    old: object,
+) -> float:
+    """-> the gradient norm. `tree` is in the first version's nodes."""
+    nodes = [node for node in tree.walk() if node.parent]
+    decoding = old.Decoding((0,), model.config.vocab_size, 1.0, case.max_rows)
+    metrics = old.update_policy(
+        model, optimizer, [tree], old.unit_weights(nodes, "tokens", "token"), decoding,
+        torch.autocast("cpu", torch.bfloat16, enabled=False), case.pack_len, 0.2, "token", 1,
+    )
+    return metrics["grad_norm"]
+
+
+def leaf_rows(leaves: list[treerpo.Node]) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> ids of the whole paths, the advantage of each token behind the prompt over the number of
+    rows which that token is in."""
+    ids = []
+    weights = []
+    for leaf in leaves:
+        row = []
+        for step in leaf.path()[1:]:
+            row += [step.advantage / len(step.leaves())] * len(step.tokens)
+        ids.append([token for node in leaf.path() for token in node.tokens])
+        weights.append(row)
+    return torch.tensor(ids), torch.tensor(weights)
+
+
+def update_rows(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tree: treerpo.Node,
+    case: Case,
+) -> float:
+    """A row for each leaf's path, in micro-batches of pack_len tokens -> the gradient norm."""
+    leaves = tree.leaves()
+    n_tokens = sum(len(step.tokens) for step in tree.steps())
+    answer_len = sum(case.step_lens())
+    width = max(1, case.pack_len // (case.prompt + answer_len))
+    for start in range(0, len(leaves), width):
+        ids, weights = leaf_rows(leaves[start:start + width])
+        out = model(ids, logits_to_keep=answer_len + 1, use_cache=False)
+        logits = out.logits[:, :-1]
+        targets = ids[:, -answer_len:, None]
+        logps = logits.gather(2, targets)[..., 0] - logits.logsumexp(2)
+        ratios = (logps - logps.detach()).exp()
+        loss = -(weights * ratios).sum() / n_tokens
+        loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
+    optimizer.zero_grad()
     return norm
 
-def full_logits(model, row, temperature, n_tokens):
-    """What token_logps replaces: the logits of all tokens of a pack at once."""
-    logits = model(input_ids=row.ids, attention_mask=row.mask, position_ids=row.positions, use_cache=False).logits
-    logps = (logits[0, row.predictors, :n_tokens].float() / temperature).log_softmax(-1)
-    return logps.gather(1, row.targets[:, None])[:, 0]
 
-def update(arm, model, optimizer, trees, decoding, c):
-    weights = treerpo.unit_weights([node for root in trees for node in root.walk() if node.parent], "tokens", "token")
-    if "rows" in arm:
-        rows = sorted(plain_rows(arm, trees), key=lambda row: len(row[0]))
-        return plain_update(model, optimizer, rows, weights, c)
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.gpu)
-    return treerpo.update_policy(model, optimizer, trees, weights, decoding, pack_len=c.pack_len, clip_eps=0.2,
-                                 ratio="token", updates=1, autocast=autocast)["grad_norm"]
+def measure_update(arm: str, case: Case, old: object) -> dict:
+    """Forward, backward and optimiser step. All arms have the same tree and weights, so that their
+    gradient norms must agree."""
+    model, _ = make_policy(case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
-def update_arm(arm, c):
-    trees = [random_tree(c.branching, c.step, c.prompt) for _ in range(c.questions)]
-    rows = plain_rows(arm, trees) if "rows" in arm else [(p, 0) for p in treerpo.pack_nodes(trees, c.pack_len)]
-    unique = sum(len(node.tokens) for root in trees for node in root.walk())
-    counts = dict(forwarded=sum(len(node.tokens) for nodes, _ in rows for node in nodes) / unique, unique=unique)
-    if arm.startswith("count"):
-        return counts
-    if arm == "full_logits":
-        treerpo.token_logps = full_logits
-    model, _, optimizer, decoding = load(c)
-    update(arm, model, optimizer, [random_tree([2], 4, 4)], decoding, c)  # warm-up, and Adam's memory
-    row, norm = measure(c, lambda: update(arm, model, optimizer, trees, decoding, c))
-    return {**row, **counts, "grad norm": norm}
+    def work(tree: treerpo.Node, case: Case) -> float:
+        if arm == "packed":
+            return update_packed(model, optimizer, tree, case)
+        if arm == "first version":
+            old_tree = as_old_tree(tree, None, old.Node)
+            return update_first_version(model, optimizer, old_tree, case, old)
+        return update_rows(model, optimizer, tree, case)
 
-def step_arm(arm, c):
-    """A whole step: grow, decode the texts, reward at random (nothing is pruned), back up, compare, update."""
-    model, sampler, optimizer, decoding = load(c)
-    tokenizer, spent, steps = make_tokenizer(decoding.n_tokens + 1), Counter(), []
+    tree = random_tree(case)
+    little = dataclasses.replace(case, branching=(2,), step=4, prompt=4)
+    work(random_tree(little), little)  # makes Adam's memory
+    norm = work(tree, case)
+    seconds = fastest(lambda: work(tree, case))
+    return {"seconds": seconds, "peak_mb": peak_mb(), "grad_norm": norm}
 
-    def book(owner, name):
-        """Add the time of owner.name to `spent`, unless it runs inside another booked one."""
-        def booked(*args, call=getattr(owner, name), **kwargs):
-            begin, spent["depth"] = clock(c), spent["depth"] + 1
-            result = call(*args, **kwargs)
-            spent["depth"] -= 1
-            spent["work"] += 0 if spent["depth"] else clock(c) - begin
-            return result
-        setattr(owner, name, booked)
 
-    def run():
-        spent["work"], begin = 0.0, clock(c)
-        prompts = [random_tokens(c.prompt) for _ in range(c.questions)]
-        trees = treerpo.sample_trees(sampler, prompts, c.branching, [c.step] * len(c.branching), decoding)
-        sampled = clock(c)
-        for leaf in (leaf for root in trees for leaf in root.leaves()):
-            tokenizer.decode([token for node in leaf.path()[1:] for token in node.tokens])
-            leaf.reward = random.random()
-        for root in trees:
-            treerpo.backup_rewards(root)
-        treerpo.add_sibling_advantages(trees, "bernoulli")
-        update("packed", model, optimizer, trees, decoding, c)
-        sampler.load_state_dict(model.state_dict())
-        share = 100 * (1 - spent["work"] / (clock(c) - begin))
-        steps.append({"sample s": sampled - begin} | ({"overhead %": share} if arm == "overhead" else {}))
-    if arm == "overhead":
-        for owner, name in ((sampler, "generate"), (treerpo, "prefill"), (treerpo, "token_logps"), (optimizer, "step"),
-                            (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_")):
-            book(owner, name)
-    run()  # warm-up
-    row, _ = measure(c, run, most=math.inf)
-    return row | {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
+def processor() -> str:
+    try:
+        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
-def trl_arm(arm, c):
-    """The same step in TRL: one generation of all completions, then micro-batches of row_tokens."""
-    import trl
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    marks, leaves, length = [], math.prod(c.branching), c.step * len(c.branching)
-    rows = c.row_tokens // (c.prompt + length)
 
-    class Marks(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            marks.append(memory(c, idle=True))
-
-        def on_step_end(self, *args, **kwargs):
-            marks.append(clock(c))
-    model, _, _, decoding = load(c)
-    prompts = ["".join(random.choices("abcdefgh", k=c.prompt)) for _ in range(c.questions * 4)]  # a token a letter
-    with tempfile.TemporaryDirectory() as folder:
-        config = trl.GRPOConfig(
-            folder, use_cpu=not c.gpu, bf16=c.gpu, gradient_checkpointing=False, learning_rate=1e-6, max_steps=4,
-            per_device_train_batch_size=rows, gradient_accumulation_steps=c.questions * leaves // rows,
-            num_generations=leaves, max_completion_length=length, save_strategy="no", report_to="none",
-            disable_tqdm=True, logging_steps=1000)
-        trl.GRPOTrainer(model, lambda completions, **_: [random.random() for _ in completions], args=config,
-                        train_dataset=Dataset.from_dict(dict(prompt=prompts)), callbacks=[Marks()],
-                        processing_class=make_tokenizer(decoding.n_tokens + 1)).train()
-    seconds = [b - a for a, b in zip(marks[1:], marks[2:])]  # the first step is the warm-up
-    return dict(seconds=min(seconds), memory=memory(c) - marks[0], trl=trl.__version__)
-
-def main():
+def main() -> None:
     job = json.loads(sys.argv[1])
-    arm, c = job["arm"], SimpleNamespace(**job["shape"])
-    c.gpu = job["device"] != "cpu" and torch.cuda.is_available()
-    if c.gpu and job["memory_cap"]:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job["memory_cap"] * 1e9 / total))
     torch.set_num_threads(1)
     torch.manual_seed(job["repeat"])
     random.seed(job["repeat"])
-    kinds = dict(tree=sampling_arm, depth_1=sampling_arm, recompute=sampling_arm, independent=sampling_arm,
-                 step=step_arm, overhead=step_arm, trl=trl_arm)
-    row = kinds.get(arm, update_arm)(arm, c)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.processor()]
-    row.update(hardware=torch.cuda.get_device_name() if c.gpu else names[0], torch=torch.__version__)
-    print(json.dumps(row | dict(transformers=transformers.__version__)))
+    case = Case(**job["case"])
+    old = load_first_version(job["old"]) if job["old"] else None
+    if job["section"] == "sampling":
+        figures = measure_sampling(job["arm"], case, old)
+    else:
+        figures = measure_update(job["arm"], case, old)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps({**figures, "processor": processor(), **versions}))
+
 
 if __name__ == "__main__":
     main()

@@ -1,34 +1,52 @@
-"""How often do errors cancel? Correct answers of a base model that hold a wrong line, by the task's own checker.
+"""How often do errors cancel out? Right answers of the bundled base model that hold a wrong line.
 
-    python experiments/cancel.py                             # the bundled base -> a line of results/cancel.jsonl
-    python experiments/cancel.py experiments/cache/long      # a variant that compare.py has made there
+    python experiments/cancel.py    # half a minute -> results/cancel.jsonl
 
-8 samples to each held-out question at temperature 1, seed 0: what `eval.py --samples 8 --temperature 1` grades.
+8 answers to each held-out question at temperature 1, seed 0; lines are checked by the task itself.
 """
-import json
-import sys
-from pathlib import Path
+import common
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "demo")]
+common.use_one_thread()
+
 import make_demo  # noqa: E402
 import torch  # noqa: E402
 import treerpo  # noqa: E402
 
-def count(folder):
-    model, _, tokenizer = treerpo.load_model(str(folder / "model"), "cpu", "float32")
-    rows = [json.loads(text) for text in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    prompts = [treerpo.build_prompt(row["question"], "{question}", tokenizer) for row in rows]
-    budget = max(make_demo.max_answer_tokens(tokenizer, row) for row in rows)
-    torch.manual_seed(0)
-    trees = treerpo.sample_trees(model, prompts, [8], [budget], treerpo.make_decoding(model, tokenizer, 1.0, 512))
-    samples = [(rows[root.question], treerpo.path_text(leaf, tokenizer)) for root in trees for leaf in root.leaves()]
-    right = [(row, text) for row, text in samples if treerpo.reward_fn(text, row["answer"])]
-    wrong_line = sum(not all(ok for *_, ok in make_demo.check_lines(row, text)) for row, text in right)
-    return dict(base=folder.name, samples=len(samples), correct=len(right), with_a_wrong_line=wrong_line)
+SAMPLES = 8
+LONGEST_ANSWER = 56  # tokens
 
-for name in sys.argv[1:] or [HERE.parent / "demo"]:
-    line = count(Path(name))
+
+def main() -> None:
+    base = str(common.DEMO / "model")
+    tokenizer = treerpo.load_tokenizer(base)
+    model = treerpo.load_model(base, "cpu", torch.float32)
+    rows = treerpo.read_jsonl(str(common.DEMO / "test.jsonl"))
+    prompts = []
+    for row in rows:
+        prompts.append(treerpo.build_prompt(row["question"], "{question}", tokenizer))
+    decoding = treerpo.make_decoding(model, tokenizer, temperature=1.0, max_rows=512)
+    torch.manual_seed(0)
+    trees = treerpo.sample_trees(model, prompts, [SAMPLES], [LONGEST_ANSWER], decoding)
+    right_answers = 0
+    with_a_wrong_line = 0
+    for root in trees:
+        row = rows[root.question]
+        for leaf in root.leaves():
+            text = treerpo.answer_text(leaf, tokenizer)
+            if treerpo.reward_fn(text, row["answer"]) == 0:
+                continue
+            right_answers += 1
+            labels = [right for _, _, right in make_demo.check_lines(row, text)]
+            with_a_wrong_line += not all(labels)
+    line = {
+        "answers": SAMPLES * len(rows),
+        "right": right_answers,
+        "right_with_a_wrong_line": with_a_wrong_line,
+        "code": common.code_version(),
+    }
+    common.append_line(common.RESULTS / "cancel.jsonl", line)
     print(line)
-    with (HERE / "results/cancel.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,12 @@
-"""The demo's learning curve: `python treerpo.py` with several seeds -> results/demo.jsonl and a table.
+"""The demo's learning curve: `python treerpo.py` with five seeds.
 
-    python experiments/demo_curve.py             # 5 seeds, one after the other, then the table
-    python experiments/demo_curve.py --table     # the table from the stored lines
+    python experiments/demo_curve.py            # runs the seeds that are not done yet, then the table
+    python experiments/demo_curve.py --table    # only the table
 
-A finished seed is not run again. Each stored line is one evaluation row of a run's metrics.jsonl with seed, wall
-and CPU seconds of the whole command, and the versions.
+A line of results/demo.jsonl is one evaluation of one run, with the CPU and wall seconds of the whole
+command. To measure a seed again, take its lines out.
 """
 import argparse
-import json
 import os
 import platform
 import resource
@@ -18,59 +17,94 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-import transformers
+import common
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "demo.jsonl"
+FILE = common.RESULTS / "demo.jsonl"
+KEPT = (
+    "step", "tokens_sampled", "completions/mean_length", "groups_kept", "grad_norm", "kl", "entropy",
+    "eval/accuracy", "eval/greedy_accuracy",
+)
 
 
-def run_seed(seed, threads):
-    """One run of the demo's defaults -> its evaluation rows."""
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_seed(seed: int) -> list[dict]:
+    """One run of the demo with its defaults -> its evaluations."""
+    import torch
+    import transformers
+    code = common.code_version()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run([sys.executable, HERE.parent / "treerpo.py", "--seed", str(seed), "--out", out], check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = dict(wall_s=round(wall, 1),
-                   cpu_s=round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1))
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine(),
-                    threads=threads)
-    kept = ("step", "tokens_sampled", "completions/mean_length", "eval/accuracy", "eval/greedy_accuracy")
-    return [dict(seed=seed, **{k: row[k] for k in kept if k in row}, **seconds, **versions)
-            for row in rows if "eval/accuracy" in row]
+        command = [sys.executable, str(common.ROOT / "treerpo.py"), "--seed", str(seed), "--out", str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        cpu = cpu_seconds_of_children()
+        wall = time.perf_counter()
+        subprocess.run(command, check=True, env=environment)
+        seconds = {
+            "cpu_s": round(cpu_seconds_of_children() - cpu, 1),
+            "wall_s": round(time.perf_counter() - wall, 1),
+        }
+        metrics = common.read_lines(out / "metrics.jsonl")
+    versions = {
+        "code": code,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
+    rows = []
+    for metric in metrics:
+        if "eval/accuracy" in metric:
+            values = {name: metric[name] for name in KEPT if name in metric}
+            rows.append({"seed": seed, **values, **seconds, **versions})
+    return rows
 
 
-def table(rows):
-    print("| step | sampled tokens | held-out accuracy, sampled | greedy | lowest seed |\n|---|---|---|---|---|")
+def spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+
+
+def print_table(rows: list[dict]) -> None:
+    """Mean and standard deviation over seeds."""
+    print("| step | sampled tokens | held-out avg@8 | lowest seed | greedy | answer tokens |")
+    print("|---|---|---|---|---|---|")
     for step in sorted({row["step"] for row in rows}):
-        at = [row for row in rows if row["step"] == step]
-        sampled, greedy = [r["eval/accuracy"] for r in at], [r["eval/greedy_accuracy"] for r in at]
-        tokens = statistics.mean(r.get("tokens_sampled", 0) for r in at)
-        spread = [statistics.stdev(x) if len(x) > 1 else 0 for x in (sampled, greedy)]
-        print(f"| {step} | {tokens:,.0f} | {statistics.mean(sampled):.3f} +- {spread[0]:.3f} | "
-              f"{statistics.mean(greedy):.3f} +- {spread[1]:.3f} | {min(sampled):.3f} |")
+        at_step = [row for row in rows if row["step"] == step]
+        sampled = [row["eval/accuracy"] for row in at_step]
+        greedy = [row["eval/greedy_accuracy"] for row in at_step]
+        tokens = statistics.mean(row.get("tokens_sampled", 0) for row in at_step)
+        lengths = [row["completions/mean_length"] for row in at_step if step > 0]
+        length = f"{statistics.mean(lengths):.1f}" if lengths else ""
+        print(
+            f"| {step} | {tokens:,.0f} | {spread(sampled)} | {min(sampled):.3f} | {spread(greedy)} "
+            f"| {length} |"
+        )
     ends = [row for row in rows if row["step"] == 0]
-    for key in ("wall_s", "cpu_s"):
-        print(f"{key}: {min(r[key] for r in ends)} to {max(r[key] for r in ends)} over {len(ends)} seeds")
+    for name in ("cpu_s", "wall_s"):
+        values = [row[name] for row in ends]
+        print(f"{name} of a run: {min(values)} to {max(values)}, {len(values)} seeds")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this, exclusive (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a run (default 2)")
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default 5)")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for seed in range(0 if args.table else args.seeds):
-        if seed not in {row["seed"] for row in rows}:
-            new = run_seed(seed, args.threads)
-            with RESULTS.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
-            rows += new
-    table(rows)
+    rows = common.read_lines(FILE)
+    done = {row["seed"] for row in rows}
+    for seed in range(args.seeds):
+        if seed in done or args.table:
+            continue
+        for row in run_seed(seed):
+            common.append_line(FILE, row)
+    rows = common.read_lines(FILE)
+    if rows:
+        print_table(rows)
 
 
 if __name__ == "__main__":

@@ -1,252 +1,370 @@
-"""The study's tables (Markdown) and figures (SVG), from the lines of its results file. compare.py calls both.
+"""The study's tables (Markdown) and figures (SVG), from the lines of results/compare.jsonl.
 
-    python experiments/report.py             # draw the figures again: experiments/figures/*.svg
+    python experiments/report.py    # draw experiments/figures/*.svg again; compare.py --table prints
+
+Every ± is half a 95 % confidence interval over seeds. Two arms are compared seed by seed: a seed has
+the same questions, in the same order, for arms of the same batch size.
 """
 import json
 import math
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-T95 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14,
-       2.13]  # by degrees of freedom
-# One colour, line and marker for each system; they differ in brightness too, so that grey printing keeps them apart.
-LOOKS = {"treerpo": ("#1b3a6b", "-", "o"), "grpo": ("#d9730d", "--", "s"), "gspo": ("#e3b23c", ":", "^"),
-         "treeadv": ("#5fa39a", "-.", "D")}
+import common
 
-# ------------------------------------------------------------------------------------------------------- statistics
+# Student's t for a 95 % interval, by degrees of freedom.
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+# A colour, line and marker for each system; they differ in brightness too, for grey printing.
+LOOKS = {
+    "treerpo": ("#1b3a6b", "-", "o"),
+    "grpo": ("#d9730d", "--", "s"),
+    "gspo": ("#e3b23c", ":", "^"),
+    "treeadv": ("#5fa39a", "-.", "D"),
+}
 
-def interval(values):
-    """-> (mean, half the 95 % confidence interval of the mean), by Student's t."""
+
+# --------------------------------------------------------------------------------------- Statistics
+def interval(values: list[float]) -> tuple[float, float]:
+    """-> the mean, half the 95 % confidence interval of the mean (Student's t)."""
+    mean = statistics.fmean(values)
     n = len(values)
-    return statistics.mean(values), T95[min(n - 1, 15)] * statistics.stdev(values) / n ** 0.5 if n > 1 else math.nan
-
-
-def difference(a, b):
-    """-> (mean of a minus mean of b, half its 95 % confidence interval), by Welch's t."""
-    mean = statistics.mean(a) - statistics.mean(b)
-    if min(len(a), len(b)) < 2:
+    if n < 2:
         return mean, math.nan
-    u, v = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
-    freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1)) if u + v else 1
-    return mean, T95[min(int(freedom), 15)] * (u + v) ** 0.5
+    return mean, T95[n - 1] * statistics.stdev(values) / n**0.5
 
 
-def read_at(line, axis, x, what="accuracy"):
-    """The curve's value at x, between its evaluations by straight lines; behind the last one, the last value."""
-    xs, ys = line[axis], line[what]
+def difference(scores: dict[int, float], others: dict[int, float]) -> tuple[float, float]:
+    """{seed: score} of two arms -> the interval of their difference, over the seeds of both."""
+    seeds = sorted(scores.keys() & others.keys())
+    return interval([scores[seed] - others[seed] for seed in seeds])
+
+
+def read_at(line: dict, axis: str, x: float, what: str = "accuracy") -> float:
+    """The height of a curve at x, by straight lines between its points; behind the last one, it."""
+    xs = line[axis]
+    ys = line[what]
     for i in range(1, len(xs)):
         if xs[i] >= x:
-            return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+            share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+            return ys[i - 1] + share * (ys[i] - ys[i - 1])
     return ys[-1]
 
 
-def mean_to(line, axis, x):
-    """Mean height of the curve from 0 to x: how fast it rises, with less noise than its end."""
-    return statistics.mean(read_at(line, axis, x * (i + 0.5) / 50) for i in range(50))
-
-# ----------------------------------------------------------------------------------------------------------- tables
-
-def cell(pair, digits=3, sign=""):
-    return f"{pair[0]:{sign}.{digits}f} ± {pair[1]:.{digits}f}"
+def mean_height(line: dict, tokens: float) -> float:
+    """Of the curve up to so many tokens: how fast it rises, with less noise than its end."""
+    places = [tokens * (i + 0.5) / 50 for i in range(50)]
+    return statistics.fmean(read_at(line, "tokens", place) for place in places)
 
 
-def run_table(groups, reference):
-    """Rows for {label: lines of the arm}: accuracy at equal tokens, the whole curve, at equal CPU seconds, length."""
-    groups = {label: lines for label, lines in groups.items() if lines}
-    if not groups:
-        return []
-    tokens = min(line["tokens"][-1] for lines in groups.values() for line in lines)
-    cpu = min(statistics.mean(line["cpu"][-1] for line in lines) for lines in groups.values())
-    rows = [f"| | seeds | updates | lr | accuracy at {tokens / 1000:.0f}k tokens | minus {reference} | "
-            f"mean of the curve | minus {reference} | accuracy at {cpu:.0f} CPU s | CPU s | answer tokens |",
-            "|---|" + "---|" * 10]
-    end = {label: [read_at(line, "tokens", tokens) for line in lines] for label, lines in groups.items()}
-    area = {label: [mean_to(line, "tokens", tokens) for line in lines] for label, lines in groups.items()}
-    for label, lines in groups.items():
-        minus = lambda scores: "" if label == reference or reference not in scores else cell(
-            difference(scores[label], scores[reference]), 3, "+")
-        rows.append("| " + " | ".join([
-            label, str(len(lines)), f"{lines[0]['step'][-1]}", f"{lines[0]['lr']:g}",
-            cell(interval(end[label])), minus(end), cell(interval(area[label])), minus(area),
-            cell(interval([read_at(line, "cpu", cpu) for line in lines])),
-            f"{statistics.mean(line['cpu'][-1] for line in lines):.0f}",
-            cell(interval([line["length"][-1] for line in lines]), 1)]) + " |")
-    base = statistics.mean(line["accuracy"][0] for lines in groups.values() for line in lines)
-    length = statistics.mean(line["length"][0] for lines in groups.values() for line in lines)
-    return rows + [f"| base | | 0 | | {base:.3f} | | | | | | {length:.1f} |"]
+# ------------------------------------------------------------------------------------------ Tables
+def cell(values: tuple[float, float], digits: int = 3, sign: str = "") -> str:
+    mean, half = values
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
-def credit_name(shape):
-    if "/" in shape:
-        return "TreeAdv, {} leaves from {} trees".format(*shape.split("/"))
-    return f"tree {shape}" if " " in shape else f"GRPO, {shape} rollouts"
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def credit_arms(study, base):
-    """-> [(name, rule, lines of the results file)]"""
-    for shape in study.credit_shapes:
-        lines = study.of("credit", base=base, shape=shape)
-        for rule in ("siblings", "leaves"):
-            if any(rule in line["rules"] for line in lines):
-                yield credit_name(shape), rule, [line for line in lines if rule in line["rules"]]
-
-
-def credit_table(study, base):
+def run_table(groups: dict[str, list[dict]], reference: str) -> str:
+    """A row an arm: its accuracy at equal tokens and its whole curve, against the reference."""
+    every_line = [line for lines in groups.values() for line in lines]
+    tokens = min(line["tokens"][-1] for line in every_line)
+    ends = {}
+    heights = {}
+    for arm, lines in groups.items():
+        ends[arm] = {line["seed"]: read_at(line, "tokens", tokens) for line in lines}
+        heights[arm] = {line["seed"]: mean_height(line, tokens) for line in lines}
     rows = []
-    for name, rule, lines in credit_arms(study, base):
-        pick = lambda what: [line["rules"][rule][what] for line in lines]
-        rows.append(f"| {name} | {rule} | {len(lines)} | {lines[0]['n_questions']} | {cell(interval(pick('auc')))} | "
-                    f"{cell(interval(pick('auc_all')))} | {statistics.mean(pick('silent')):.0%} | "
-                    f"{statistics.mean(pick('noise')):.0%} | {statistics.mean(pick('decisive')):.0f} |")
-    head = ["| | advantage | seeds | questions | AUC, decisive lines | AUC, all lines | "
-            "decisive lines without a signal | lines after an error with a signal | decisive lines |",
-            "|---|" + "---|" * 8]
-    return head + rows if rows else []
+    for arm, lines in groups.items():
+        end_gap = ""
+        height_gap = ""
+        if arm != reference:
+            end_gap = cell(difference(ends[arm], ends[reference]), 3, "+")
+            height_gap = cell(difference(heights[arm], heights[reference]), 3, "+")
+        rows.append(
+            [
+                arm,
+                f"{len(lines)}",
+                f"{lines[0]['step'][-1]} × {lines[0]['questions_per_step']}",
+                f"{lines[0]['lr']:g}",
+                cell(interval(list(ends[arm].values()))),
+                end_gap,
+                cell(interval(list(heights[arm].values()))),
+                height_gap,
+                f"{statistics.fmean(line['accuracy_at_0.6'] for line in lines):.3f}",
+                f"{statistics.fmean(line['length'][-1] for line in lines):.1f}",
+                f"{statistics.fmean(line['cpu'][-1] for line in lines):.1f}",
+            ]
+        )
+    head = [
+        "", "seeds", "steps × questions", "lr", f"accuracy at {tokens / 1000:.0f}k tokens",
+        f"minus {reference}", "mean of the curve", f"minus {reference}", "end, at T = 0.6",
+        "answer tokens", "CPU s",
+    ]
+    base = statistics.fmean(line["accuracy"][0] for line in every_line)
+    length = statistics.fmean(line["length"][0] for line in every_line)
+    rows.append(["base", "", "0", "", f"{base:.3f}", "", "", "", "", f"{length:.1f}", ""])
+    return table(head, rows)
 
 
-def tables(study):
-    """All tables as Markdown; every ± is half a 95 % confidence interval over seeds."""
-    arms = lambda part, names, **where: {name: study.of(part, arm=name, **where) for name in names}
-    factors = {"default (treerpo 4 2 2 2)" if name == "default" else name: lines
-               for name, lines in arms("factors", study.factors).items()}
-    parts = [("Credit per line, bundled task, equal sampled tokens", credit_table(study, "demo")),
-             ("Credit per line, 8 operations", credit_table(study, "long")),
-             ("Curves, bundled task", run_table(arms("curves", study.systems), "grpo"))]
-    for base, title in study.regimes.items():
-        parts.append((title, run_table(arms("regimes", study.regime_arms, base=base), "grpo")))
-    parts.append(("One factor at a time, larger batches", run_table(factors, "default (treerpo 4 2 2 2)")))
-    parts.append(("Two updates on each batch", run_table(arms("twice", study.twice), "grpo, two updates")))
-    tune = [f"| {arm} | {lr:g} | " + ", ".join(f"{line['accuracy'][-1]:.3f}"
-                                               for line in study.of("tune", arm=arm, lr=lr)) + " |"
-            for arm in study.systems for lr in study.lrs if study.of("tune", arm=arm, lr=lr)]
-    parts.append(("Learning rates, final accuracy of each tuning seed", tune
-                  and ["| | lr | accuracy |", "|---|---|---|", *tune]))
-    spent = sum(line["cpu_total"] for line in study.lines.values()) / 3600
-    failed = [line["key"] for line in study.lines.values() if line.get("status")]
-    return "\n\n".join(f"**{title}**\n\n" + "\n".join(rows) for title, rows in parts if rows) + (
-        f"\n\n{len(study.lines)} jobs, {spent:.2f} CPU hours; "
-        f"stopped early by losses that were not finite: {failed or 'none'}")
+def health_table(groups: dict[str, list[dict]]) -> str:
+    """What the updates looked like: first and last fifth of the runs, means over seeds."""
+    rows = []
+    for arm, lines in groups.items():
+        row = [arm]
+        for name in ("groups_kept", "grad_norm", "entropy", "kl"):
+            first = []
+            last = []
+            for line in lines:
+                values = [value for value in line[name] if value is not None]
+                fifth = max(1, len(values) // 5)
+                first += values[:fifth]
+                last += values[-fifth:]
+            row.append(f"{statistics.fmean(first):.3g} to {statistics.fmean(last):.3g}")
+        clipped = statistics.fmean(statistics.fmean(line["clip_ratio"]) for line in lines)
+        row.append(f"{100 * clipped:.1f} %")
+        row.append(f"{sum(line['skipped'] for line in lines)}")
+        rows.append(row)
+    head = [
+        "", "groups kept", "gradient norm", "entropy", "KL", "clipped in the last mini-batch",
+        "steps skipped",
+    ]
+    return table(head, rows)
 
-# ---------------------------------------------------------------------------------------------------------- figures
 
-def new_figure(*args, **kwargs):
+def credit_arms(study: object) -> list[tuple[str, str, list[dict]]]:
+    """-> (arm, rule of the advantage, lines of the results file)"""
+    arms = {}
+    for line in study.lines.values():
+        if line["part"] == "credit":
+            for rule in line["rules"]:
+                arms.setdefault((line["arm"], rule), []).append(line)
+    return [(arm, rule, lines) for (arm, rule), lines in arms.items()]
+
+
+def credit_table(study: object) -> str:
+    rows = []
+    for arm, rule, lines in credit_arms(study):
+        figures = [line["rules"][rule] for line in lines]
+        tokens = statistics.fmean(line["tokens"] for line in lines)
+        rows.append(
+            [
+                arm,
+                rule,
+                f"{len(lines)}",
+                f"{lines[0]['questions']}",
+                f"{tokens / 1000:.0f}k",
+                cell(interval([figure["auc"] for figure in figures])),
+                cell(interval([figure["auc_all"] for figure in figures])),
+                f"{statistics.fmean(figure['silent'] for figure in figures):.0%}",
+                f"{statistics.fmean(figure['noise'] for figure in figures):.0%}",
+                f"{statistics.fmean(figure['decisive'] for figure in figures):.0f}",
+            ]
+        )
+    head = [
+        "", "advantage", "seeds", "questions", "tokens", "AUC, decisive lines", "AUC, all lines",
+        "decisive lines without a signal", "lines behind an error with a signal", "decisive lines",
+    ]
+    return table(head, rows)
+
+
+def tune_table(study: object) -> str:
+    lines = [line for line in study.lines.values() if line["part"] == "tune"]
+    rates = sorted({line["lr"] for line in lines})
+    rows = []
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        row = [arm]
+        for lr in rates:
+            curves = [line["accuracy"] for line in study.of("tune", arm, lr)]
+            halves = [statistics.fmean(curve[len(curve) // 2:]) for curve in curves]
+            row.append(", ".join(f"{half:.3f}" for half in halves))
+        rows.append(row)
+    return table(["", *[f"lr {lr:g}" for lr in rates]], rows)
+
+
+def groups_of(study: object, part: str) -> dict[str, list[dict]]:
+    arms = dict.fromkeys(line["arm"] for line in study.lines.values() if line["part"] == part)
+    return {arm: study.of(part, arm) for arm in arms}
+
+
+def tables(study: object) -> str:
+    """All tables of the parts that have lines."""
+    texts = []
+    parts = {line["part"] for line in study.lines.values()}
+    if "credit" in parts:
+        texts.append("**Credit of a line**\n\n" + credit_table(study))
+    if "tune" in parts:
+        texts.append(
+            "**Learning rates**: mean of the curve's second half, two seeds\n\n" + tune_table(study)
+        )
+    if "curves" in parts:
+        groups = groups_of(study, "curves")
+        texts.append("**Four systems**\n\n" + run_table(groups, "grpo"))
+        texts.append(health_table(groups))
+    if "factors" in parts:
+        groups = groups_of(study, "factors")
+        wide = {arm: lines for arm, lines in groups.items() if arm.startswith("4 4 4")}
+        others = {"default": study.of("curves", "treerpo")}
+        others.update({arm: lines for arm, lines in groups.items() if arm not in wide})
+        texts.append("**One factor at a time**\n\n" + run_table(others, "default"))
+        texts.append(health_table(others))
+        if wide:
+            texts.append("**Tau in a 4 4 4 tree**\n\n" + run_table(wide, "4 4 4, tau 0.1"))
+            texts.append(health_table(wide))
+    hours = sum(line["cpu_total"] for line in study.lines.values()) / 3600
+    texts.append(f"{len(study.lines)} jobs, {hours:.2f} CPU hours")
+    return "\n\n".join(texts)
+
+
+# ----------------------------------------------------------------------------------------- Figures
+def new_figure(columns: int, width: float, height: float) -> tuple:
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "svg.hashsalt": "treerpo",
-                         "svg.fonttype": "none", "font.family": "sans-serif"})
-    return plt.subplots(*args, **kwargs)
+    from matplotlib import pyplot
+    pyplot.rcParams.update(
+        {
+            "font.size": 9,
+            "font.family": "sans-serif",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "treerpo",  # the same drawing makes the same file
+        }
+    )
+    return pyplot.subplots(1, columns, figsize=(width, height), sharey=True)
 
 
-def save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+def save(figure: object, name: str) -> None:
+    common.FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(common.FIGURES / name, bbox_inches="tight", metadata={"Date": None})
 
 
-def draw_curves(study, path):
-    """Held-out accuracy of the four systems against tokens, updates and CPU seconds; the bands are 95 % intervals."""
-    figure, axes = new_figure(1, 3, figsize=(10, 3), sharey=True)
-    for axis, key, label, scale in zip(axes, ("tokens", "step", "cpu"), ("sampled tokens, thousands", "updates",
-                                                                        "CPU seconds, without evaluation"),
-                                                                        (1e-3, 1, 1)):
-        for name, (colour, style, marker) in LOOKS.items():
-            lines = study.of("curves", arm=name)
+def draw_curves(study: object) -> None:
+    """Held-out accuracy of the four systems against tokens and CPU seconds, with 95 % intervals."""
+    figure, axes = new_figure(2, 8, 3)
+    labels = {"tokens": "sampled tokens", "cpu": "CPU seconds of training"}
+    for axis, key in zip(axes, labels):
+        for system, (colour, style, marker) in LOOKS.items():
+            lines = study.of("curves", system)
             if not lines:
                 continue
             end = min(line[key][-1] for line in lines)
             xs = [end * i / 40 for i in range(41)]
-            stats = [interval([read_at(line, key, x) for line in lines]) for x in xs]
-            scaled = [x * scale for x in xs]
-            axis.plot(scaled, [m for m, _ in stats], style, color=colour, marker=marker, markevery=8, markersize=4,
-                      label=name)
-            axis.fill_between(scaled, [m - h for m, h in stats], [m + h for m, h in stats], color=colour, alpha=0.15,
-                              lw=0)
-        axis.set_xlabel(label)
+            points = [interval([read_at(line, key, x) for line in lines]) for x in xs]
+            middle = [mean for mean, _ in points]
+            low = [mean - half for mean, half in points]
+            high = [mean + half for mean, half in points]
+            axis.plot(
+                xs, middle, style, color=colour, marker=marker, markevery=8, markersize=4,
+                label=system,
+            )
+            axis.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
+        axis.set_xlabel(labels[key])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out accuracy (avg@2)")
     axes[0].legend(frameon=False)
-    save(figure, path)
+    save(figure, "curves.svg")
 
 
-def draw_credit(study, path):
-    """AUC of the advantage on decisive lines, one row for each way to sample and compare."""
-    arms = list(credit_arms(study, "demo"))[::-1]
-    figure, axis = new_figure(figsize=(7, 0.28 * len(arms) + 0.9))
-    for y, (name, rule, lines) in enumerate(arms):
+def draw_credit(study: object) -> None:
+    """AUC of the advantage on decisive lines, a row for each way to sample and to compare."""
+    arms = credit_arms(study)[::-1]
+    figure, axis = new_figure(1, 7, 0.35 * len(arms) + 0.9)
+    names = []
+    for y, (arm, rule, lines) in enumerate(arms):
         mean, half = interval([line["rules"][rule]["auc"] for line in lines])
-        colour, _, marker = LOOKS["treerpo" if "tree " in name and rule == "siblings" else "treeadv"
-                                  if rule == "leaves" else "grpo"]
+        system = "treeadv" if rule == "leaves" else "treerpo"
+        if arm.startswith("GRPO"):
+            system = "grpo"
+        colour, _, marker = LOOKS[system]
         axis.errorbar(mean, y, xerr=half, color=colour, marker=marker, capsize=3, markersize=5)
         axis.text(mean + half + 0.008, y, f"{mean:.2f}", va="center")
-    axis.set_yticks(range(len(arms)), [f"{name}: {rule}" if "tree " in name else name for name, rule, _ in arms])
+        names.append(f"{arm}, leaf advantages" if arm.startswith("TreeRPO") and rule == "leaves" else arm)
+    axis.set_yticks(range(len(arms)), names)
     axis.axvline(0.5, color="grey", lw=0.8, ls=":")
-    axis.set_xlabel("AUC of the advantage: right lines against first wrong lines (0.5: blind, 1: perfect)")
+    axis.set_xlabel("AUC of the advantage, right against first wrong lines (0.5: blind, 1: perfect)")
     axis.set_xlim(0.48, 1.02)
     axis.grid(axis="x", alpha=0.3)
-    save(figure, path)
+    save(figure, "credit.svg")
 
 
-def dump_tree(demo, shape=("3", "2", "2")):
-    """Sample trees of the bundled task with treerpo.py itself; -> nodes of one where every level has its say."""
-    sys.path[:0] = [str(HERE.parent)]
+def sample_tree() -> list[dict]:
+    """One step of the demo with narrower trees -> the nodes of a tree in which every level differs,
+    as --dump-trees writes them."""
     import treerpo
-    with tempfile.TemporaryDirectory() as out:
-        treerpo.main(["--model", f"{demo}/model", "--data", f"{demo}/train.jsonl", "--eval-data", f"{demo}/test.jsonl",
-                      "--steps", "1", "--branching", *shape, "--step-len", "17", "--questions-per-step", "64", "--out",
-                      out,
-                      "--eval-questions", "1", "--eval-samples", "1", "--template", "none", "--dump-trees",
-                      f"{out}/trees.jsonl"])
-        nodes = [json.loads(text) for text in open(f"{out}/trees.jsonl", encoding="utf-8")]
+    with tempfile.TemporaryDirectory() as folder:
+        dump = f"{folder}/trees.jsonl"
+        shape = ["--branching", "3", "2", "2", "--step-len", "17", "--questions-per-step", "64"]
+        short = ["--steps", "1", "--eval-questions", "1", "--eval-samples", "1"]
+        treerpo.main(["--out", f"{folder}/run", "--dump-trees", dump, *shape, *short])
+        nodes = [json.loads(line) for line in Path(dump).read_text("utf-8").splitlines()]
     trees = {}
     for node in nodes:
         trees.setdefault(node["tree"], []).append(node)
-    full = [tree for tree in trees.values() if len(tree) == 22]
-    return max(full, key=lambda tree: (len({(n["depth"], n["reward"]) for n in tree if n["trained"]}),
-                                       -abs(tree[0]["reward"] - 0.5)))
+    full = [tree for tree in trees.values() if len(tree) == 1 + 3 + 6 + 12]
+    return max(full, key=interest)
 
 
-def draw_tree(demo, path):
-    """One sampled tree: text, reward and advantage of every step; the darker, the higher the reward."""
-    nodes = {node["id"]: node for node in dump_tree(demo)}
-    children = {i: [k for k, node in nodes.items() if node["parent"] == i] for i in nodes}
-    place, row = {}, 0
-    for i in sorted(nodes, reverse=True):  # depth-first ids: children before their parent
-        if children[i]:
-            place[i] = sum(place[k] for k in children[i]) / len(children[i])
+def interest(tree: list[dict]) -> tuple[int, float]:
+    """How many different rewards its trained steps have, then how near its root is to 1/2."""
+    different = {(node["depth"], node["reward"]) for node in tree if node["trained"]}
+    return len(different), -abs(tree[0]["reward"] - 0.5)
+
+
+def place_nodes(tree: list[dict]) -> dict[int, float]:
+    """-> the height of every node: leaves one below the other, parents amid their children."""
+    places = {}
+    row = 0
+    for node in reversed(tree):  # written depth-first: children come before their parent now
+        below = [places[child["id"]] for child in tree if child["parent"] == node["id"]]
+        if below:
+            places[node["id"]] = statistics.fmean(below)
         else:
-            place[i], row = row, row + 1
-    figure, axis = new_figure(figsize=(11, 0.62 * row + 0.4))
-    for i, node in nodes.items():
-        x, y = node["depth"] * 2.6, place[i]
+            places[node["id"]] = row
+            row += 1
+    return places
+
+
+def draw_tree() -> None:
+    """One sampled tree: text, reward and advantage of each step; the darker, the higher the reward.
+    A dashed frame is a negative advantage, a grey one a pruned group."""
+    tree = sample_tree()
+    places = place_nodes(tree)
+    n_leaves = int(max(places.values())) + 1
+    figure, axis = new_figure(1, 11, 0.62 * n_leaves + 0.4)
+    for node in tree:
+        x = node["depth"] * 2.6
+        y = places[node["id"]]
+        label = f"reward {node['reward']:.2f}"
+        edge = {"ec": "grey", "lw": 0.8}
         if node["parent"] is not None:
-            axis.plot([x - 2.6 + 0.55, x - 0.15], [place[node["parent"]], y], color="grey", lw=0.8, zorder=0)
-        sign = "grey" if abs(node["advantage"]) < 1e-9 else "#1b3a6b" if node["advantage"] > 0 else "#d9730d"
-        text = node["text"].strip("\n").replace("\n", "  ⏎  ")
-        label = f"reward {node['reward']:.2f}" + (f"   advantage {node['advantage']:+.2f}"
-                                                  if node["parent"] is not None else "")
-        axis.text(x - 0.1, y, f"{text or 'question'}\n{label}", fontsize=6.5, va="center", parse_math=False,
-                  color="black",
-                  bbox=dict(boxstyle="round,pad=0.35", fc=str(1 - 0.35 * node["reward"]), ec=sign,
-                            lw=0.8 if sign == "grey" else 1.8, ls="-" if node["advantage"] >= 0 else "--"))
+            heights = [places[node["parent"]], y]
+            axis.plot([x - 2.05, x - 0.15], heights, color="grey", lw=0.8, zorder=0)
+            label += f"   advantage {node['advantage']:+.2f}" if node["trained"] else "   pruned"
+        if node["trained"] and node["advantage"] > 0:
+            edge = {"ec": "#1b3a6b", "lw": 1.8}
+        if node["trained"] and node["advantage"] < 0:
+            edge = {"ec": "#d9730d", "lw": 1.8, "ls": "--"}
+        text = node["text"].strip("\n").replace("\n", "  ⏎  ") or "question"
+        shade = str(1 - 0.35 * node["reward"])
+        box = {"boxstyle": "round,pad=0.35", "fc": shade, **edge}
+        axis.text(x - 0.1, y, f"{text}\n{label}", fontsize=6.5, va="center", parse_math=False, bbox=box)
     axis.set_xlim(-0.3, 10.2)
-    axis.set_ylim(-0.7, row - 0.3)
+    axis.set_ylim(-0.7, n_leaves - 0.3)
     axis.axis("off")
-    save(figure, path)
+    save(figure, "tree.svg")
 
 
-def figures(study, folder=HERE / "figures"):
-    """Draw all figures for which there are results."""
-    draw_tree(study.demo, folder / "tree.svg")
-    if study.of("credit"):
-        draw_credit(study, folder / "credit.svg")
-    if study.of("curves"):
-        draw_curves(study, folder / "curves.svg")
+def main() -> None:
+    import compare
+    study = compare.Study(compare.FILE)
+    draw_tree()
+    draw_credit(study)
+    draw_curves(study)
 
 
 if __name__ == "__main__":
-    import compare
-    figures(compare.Study(compare.parse_args([])))
+    main()
