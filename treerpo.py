@@ -108,7 +108,9 @@ class DataSettings:
 @dataclass
 class TreeSettings:
     _argument_group_name = "tree (§3.1)"
-    algo: Literal["treerpo", "grpo", "gspo", "treeadv"] = flag("treerpo", "what is trained")
+    algo: Literal["treerpo", "grpo", "gspo", "treeadv"] = flag(
+        "treerpo", "the paper's method, or one that it is compared with [paper §4]"
+    )
     branching: list[int] = flag([8, 8, 8], "children of a node, one number per level [paper §4]")
     step_len: list[int] = flag(
         [384], "most tokens of a step, one number, or one per level [paper §4]"
@@ -157,7 +159,7 @@ class SpeedSettings:
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = flag(
         "auto", "mixed (auto on CUDA): float32 weights, bf16 work [code]"
     )
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run [ours]")
 
 
 @dataclass
@@ -168,7 +170,9 @@ class OutputSettings:
     eval_samples: int = flag(8, "k of avg@k [paper §4]")
     save_every: int = flag(50, "steps between checkpoints [ours]")
     keep: int = flag(2, "newest checkpoints kept [ours]")
-    print_tree: int = flag(0, "print one tree every so many steps; 0: none", nargs="?", const=1)
+    print_tree: int = flag(
+        0, "print one tree every so many steps; 0: none [ours]", nargs="?", const=1
+    )
     dump_trees: str | None = flag(None, "write every node as a JSON line to this file")
 
 
