@@ -428,9 +428,9 @@ def generate_tokens(
     if decoding.keep_entropies:
         entropies = torch.stack(draw_token.entropies, dim=1).tolist()
         for node, row in zip(nodes, entropies):
-            missing = len(node.tokens) - len(node.entropies)
+            missing = len(node.tokens) - len(node.entropies)  # what this call has added
             node.entropies += row[:missing]
-    past = out.shape[1] - 1
+    past = out.shape[1] - 1  # the newest token has not been fed yet (see prefill)
     kv = [(layer.keys[:, :, :past], layer.values[:, :, :past]) for layer in cache.layers]
     return Rows(out, torch.cat([mask, torch.ones_like(new)], dim=1), kv)
 
@@ -481,7 +481,7 @@ def grow(
         end, index = take_step(model, children, rows, chunk, step_lens[0], decoding)
         unfinished = [child for child in children if not child.done]
         if unfinished and len(branching) > 1:
-            unfinished_rows = select_rows(end, index)
+            unfinished_rows = select_rows(end, index)  # copies: the next call may overwrite end
             del end  # its memory is needed below
             grow(model, unfinished, unfinished_rows, branching[1:], step_lens[1:], decoding)
 
@@ -681,6 +681,7 @@ def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False)
         owners += [k] * len(node.tokens)
         last_column[node] = columns[-1]
         if pack[node]:
+            # A step's first token is predicted by the last one of its parent.
             predictors += [last_column[node.parent], *columns[:-1]]
             targets += node.tokens
             step_of += [len(advantages)] * len(node.tokens)
@@ -778,7 +779,7 @@ def policy_loss(
     kl_coef: float,
     entropy_coef: float,
 ) -> tuple[Tensor, Tensor]:
-    """What these M tokens, one pack, add to the loss of a mini-batch of n_tokens tokens.
+    """What a pack of M tokens adds to the loss of a mini-batch: n_tokens tokens in n_steps steps.
 
         (1 / n_tokens) sum_t [ -min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)
                                + kl_coef k3_t - entropy_coef H_t ]
@@ -923,7 +924,7 @@ def update_policy(
     tokens of each row, once before the optimiser steps and once in them.
     """
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    model.train(checkpointing)  # which works in training mode only
+    model.train(checkpointing)  # gradient checkpointing works in training mode only
     padded = model.config._attn_implementation == "flex_attention"
     batches = []
     for part in split_by_question(trees, minibatches):
@@ -1080,7 +1081,7 @@ def split_rollout(rollout: Node, forks: list[int]) -> tuple[Node, list[Node]]:
     parents = []
     start = 0
     for end in [*forks, len(rollout.tokens)]:
-        if end > start:
+        if end > start:  # else a fork at position 0, whose parent is the root
             entropies = rollout.entropies[start:end]
             node = Node(rollout.tokens[start:end], node, entropies=entropies)
         parents.append(node)
@@ -1126,6 +1127,7 @@ def sample_forests(
     roots = []
     parents = []
     budgets = []
+    # Here a prompt is a root Node; its children are the n_trees first answers.
     for prompt in sample_trees(model, prompts, [n_trees], [budget], decoding):
         forks = pick_forks(prompt.children, n_leaves - n_trees, threshold)
         for rollout, positions in zip(prompt.children, forks):
@@ -1266,6 +1268,7 @@ class Workspace:
         filler = [index[-1]] * (batch - len(index))
         picked = torch.tensor(index + filler, device=rows.ids.device)
         for layer, (keys, values) in zip(cache.layers, rows.kv):
+            # keys may lie in this very block; indexing copies them before they are written.
             layer.keys[:, :, :past] = keys[picked]
             layer.values[:, :, :past] = values[picked]
             layer.cumulative_length.fill_(past)
