@@ -1837,7 +1837,8 @@ def test_paste_packs(monkeypatch):
     own = pasted(
         monkeypatch,
         imports_of_the_file(),
-        *map(source_of, ["Node", "pack_nodes", "PackedRow", "pack_row", "may_look"]),
+        *map(source_of, ["Node", "pack_nodes", "PackedRow", "leave_numbers", "pack_row"]),
+        source_of("may_look"),
     )
     root = own.Node([1, 2])
     own.Node([3], root, trained=True, advantage=1.0)

@@ -378,6 +378,30 @@ def open_rows(
     return picked.ids, picked.mask, DynamicCache(picked.kv)
 
 
+def clean_config(new_tokens: int, decoding: Decoding) -> GenerationConfig:
+    """All that `generate` needs to know; DrawToken makes its arg max a draw."""
+    compile_config = None
+    if decoding.workspace is not None:
+        compile_config = decoding.workspace.compile_config
+    return GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=new_tokens,
+        eos_token_id=list(decoding.eos_ids),
+        pad_token_id=decoding.eos_ids[0],
+        compile_config=compile_config,
+    )
+
+
+def extend_node(node: Node, tokens: list[int], eos_ids: Sequence[int]) -> None:
+    """Add these tokens to a step, up to the first end token; what follows that is padding."""
+    ends = [tokens.index(eos_id) for eos_id in eos_ids if eos_id in tokens]
+    if ends:
+        node.done = True
+        tokens = tokens[:min(ends) + 1]
+    node.tokens += tokens
+
+
 def generate_tokens(
     model: torch.nn.Module,
     nodes: list[Node],
@@ -395,21 +419,9 @@ def generate_tokens(
     """
     ids, mask, cache = open_rows(rows, index, new_tokens, decoding.workspace)
     draw_token = DrawToken(decoding, len(nodes))
-    eos_ids = list(decoding.eos_ids)
-    compile_config = None
-    if decoding.workspace is not None:
-        compile_config = decoding.workspace.compile_config
-    config = GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=new_tokens,
-        eos_token_id=eos_ids,
-        pad_token_id=eos_ids[0],
-        compile_config=compile_config,
-    )
     # What is unset in a given config would come from the checkpoint's own (top_k, penalties, ...).
     original = model.generation_config
-    model.generation_config = config
+    model.generation_config = clean_config(new_tokens, decoding)
     try:
         out = model.generate(
             ids, attention_mask=mask, past_key_values=cache, logits_processor=[draw_token]
@@ -420,16 +432,12 @@ def generate_tokens(
         raise FloatingPointError("the model's logits are not numbers; are its weights damaged?")
     new = out[:, ids.shape[1]:]
     for node, tokens in zip(nodes, new.tolist()):
-        ends = [tokens.index(eos_id) for eos_id in eos_ids if eos_id in tokens]
-        if ends:
-            node.done = True
-            tokens = tokens[:min(ends) + 1]  # what follows is padding
-        node.tokens += tokens
+        extend_node(node, tokens, decoding.eos_ids)
     if decoding.keep_entropies:
         entropies = torch.stack(draw_token.entropies, dim=1).tolist()
         for node, row in zip(nodes, entropies):
-            missing = len(node.tokens) - len(node.entropies)  # what this call has added
-            node.entropies += row[:missing]
+            added = len(node.tokens) - len(node.entropies)
+            node.entropies += row[:added]
     past = out.shape[1] - 1  # the newest token has not been fed yet (see prefill)
     kv = [(layer.keys[:, :, :past], layer.values[:, :, :past]) for layer in cache.layers]
     return Rows(out, torch.cat([mask, torch.ones_like(new)], dim=1), kv)
@@ -651,17 +659,23 @@ class PackedRow:
     ref_logps: Tensor | None = None         # [M], of the initial model
 
 
-def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False) -> PackedRow:
-    """A pack -> its tensors. padded: T is a power of two, so that compiled code sees few lengths;
-    the padding belongs to one more node, which no other token may look at."""
-    nodes = list(pack)
+def leave_numbers(nodes: list[Node]) -> list[int]:
+    """Nodes numbered depth-first -> for each node k the first number behind its descendants: these
+    are the nodes from k + 1 to leave[k] - 1."""
     number = {node: k for k, node in enumerate(nodes)}
-    # Numbered depth-first, the descendants of node k are those from k + 1 to leave[k] - 1.
     leave = [k + 1 for k in range(len(nodes))]
     for k in reversed(range(len(nodes))):
         if nodes[k].parent is not None:
             parent = number[nodes[k].parent]
             leave[parent] = max(leave[parent], leave[k])
+    return leave
+
+
+def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False) -> PackedRow:
+    """A pack -> its tensors. padded: T is a power of two, so that compiled code sees few lengths;
+    the padding belongs to one more node, which no other token may look at."""
+    nodes = list(pack)
+    leave = leave_numbers(nodes)
     ids = []
     positions = []
     owners = []       # of every token, the number of its node

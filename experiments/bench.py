@@ -1,7 +1,7 @@
 """Speed and memory on a CPU against what one would run instead. Raw lines are kept.
 
-    git show e97722c:treerpo.py > /tmp/first.py
-    python experiments/bench.py --old /tmp/first.py    # about 15 minutes of one core
+    git show e97722c:treerpo.py > first.py
+    python experiments/bench.py --old first.py    # about 15 minutes of one core
     python experiments/bench.py --table                # the table of the newest run again
 
 Without --old the first version of treerpo.py does not take part. bench_gpu.py is for a GPU. Sections:

@@ -1,7 +1,7 @@
 """Kills demo training at random instants, resumes it each time, and compares the result with that of
 a run which was never stopped.
 
-    python experiments/torture.py    # 15 kills, about 5 minutes of one core -> results/torture.jsonl
+    python experiments/torture.py    # 15 kills, about 8 minutes of one core -> results/torture.jsonl
 
 After each kill: every checkpoint that is there is whole. At the end: the same weights, the same
 metrics but for timings and memory, no line lost or doubled, no other file. Else exit status 1.
@@ -59,9 +59,11 @@ def damaged(out: Path) -> list[str]:
     return names
 
 
-def kill_and_resume(out: Path, flags: list[str], kills: int, longest: float) -> list[str]:
+def kill_and_resume(
+    out: Path, flags: list[str], kills: int, longest: float
+) -> tuple[int, list[str]]:
     """Kill the run so many times, each within `longest` seconds of its start, then let it end.
-    -> what was lost."""
+    -> how often it was killed, fewer if it ended before; what was lost."""
     lost = []
     done = 0
     while True:
@@ -81,7 +83,7 @@ def kill_and_resume(out: Path, flags: list[str], kills: int, longest: float) -> 
             continue
         if status != 0:
             lost.append(f"exit status {status} after {done} kills")
-        return lost
+        return done, lost
 
 
 def compare(whole: Path, killed: Path, steps: int) -> list[str]:
@@ -106,7 +108,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=15, help="default 15")
-    parser.add_argument("--steps", type=int, default=120, help="training steps (default 120)")
+    parser.add_argument("--steps", type=int, default=240, help="training steps (default 240)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default 0)")
     args = parser.parse_args()
     random.seed(args.seed)
@@ -118,13 +120,13 @@ def main() -> int:
         status = start(["--out", str(whole), *flags]).wait()
         seconds = time.perf_counter() - began
         assert status == 0, f"the run that nobody stops ended with {status}"
-        loading = 8.0
-        longest = loading + 2 * seconds / args.kills  # in all about the length of the run
-        lost = kill_and_resume(killed, flags, args.kills, longest)
+        loading = 6.0
+        longest = loading + seconds / args.kills
+        kills, lost = kill_and_resume(killed, flags, args.kills, longest)
         if not lost:
             lost = compare(whole, killed, args.steps)
     row = {
-        "kills": args.kills,
+        "kills": kills,
         "steps": args.steps,
         "seed": args.seed,
         "lost": lost,
