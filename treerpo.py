@@ -3204,7 +3204,7 @@ def add_workspace(
     uniform = dataclasses.replace(static, temperature=1e6)
     original = model.config._attn_implementation
     use_grouped_attention(model)
-    print("compiling the decoding step, which takes about two minutes", flush=True)
+    print("compiling the decoding step, which takes two to three minutes", flush=True)
     start = time.perf_counter()
     try:
         sample_trees(model, [[decoding.eos_ids[0]]], [8], [4], uniform)
