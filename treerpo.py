@@ -290,7 +290,7 @@ class Decoding:
     call_len: int = 384                     # a longer step takes several generate calls
     keep_entropies: bool = False            # fill Node.entropies (TreeAdv)
     workspace: "Workspace | None" = None    # a static KV cache (CUDA); None: a growing one
-    progress: Callable[[int], None] | None = None  # called with the rows of every new token
+    progress: Callable[[int], None] | None = None  # gets the number of rows at each new token
 
 
 @dataclass
@@ -419,7 +419,8 @@ def generate_tokens(
     """
     ids, mask, cache = open_rows(rows, index, new_tokens, decoding.workspace)
     draw_token = DrawToken(decoding, len(nodes))
-    # What is unset in a given config would come from the checkpoint's own (top_k, penalties, ...).
+    # Swapped in, not passed to generate: what a passed config leaves unset (top_k, penalties, ...)
+    # generate takes from model.generation_config, the checkpoint's own.
     original = model.generation_config
     model.generation_config = clean_config(new_tokens, decoding)
     try:
@@ -914,6 +915,20 @@ def optimizer_step(
     }
 
 
+def add_fixed_logps(
+    row: PackedRow,
+    old_model: torch.nn.Module | None,
+    reference: torch.nn.Module | None,
+    temperature: float,
+    vocab_size: int,
+) -> None:
+    """Fill in the log-probs that stay fixed while the policy moves; None leaves them out."""
+    if old_model is not None:
+        row.old_logps, _ = token_logps(old_model, row, temperature, vocab_size)
+    if reference is not None:
+        row.ref_logps, _ = token_logps(reference, row, temperature, vocab_size)
+
+
 def update_policy(
     model: torch.nn.Module,
     reference: torch.nn.Module | None,
@@ -937,21 +952,20 @@ def update_policy(
     nothing. clip_ratio and grad_norm are those of the last mini-batch. progress is called with the
     tokens of each row, once before the optimiser steps and once in them.
     """
+    # Evaluation mode (no dropout), unless gradient checkpointing needs training mode to work.
     checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    model.train(checkpointing)  # gradient checkpointing works in training mode only
+    model.train(checkpointing)
     padded = model.config._attn_implementation == "flex_attention"
     batches = []
     for part in split_by_question(trees, minibatches):
         packs = pack_nodes(part, pack_len)
         batches.append([pack_row(pack, model.device, padded) for pack in packs])
-    for number, rows in enumerate(batches):
-        for row in rows:
-            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
-                if number > 0:
-                    row.old_logps, _ = token_logps(model, row, temperature, vocab_size)
-                if reference is not None:
-                    row.ref_logps, _ = token_logps(reference, row, temperature, vocab_size)
-            progress(len(row.targets))
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+        for number, rows in enumerate(batches):
+            old_model = model if number > 0 else None
+            for row in rows:
+                add_fixed_logps(row, old_model, reference, temperature, vocab_size)
+                progress(len(row.targets))
     updates = []
     for rows in batches:
         update = optimizer_step(
@@ -1088,7 +1102,8 @@ def pick_forks(rollouts: list[Node], n_forks: int, threshold: float) -> list[lis
 def split_rollout(rollout: Node, forks: list[int]) -> tuple[Node, list[Node]]:
     """Cut an answer before each of these positions -> (root, parents): the answer as a new tree,
     prompt - step - step ..., and for each position the node that ends there. A fork at the position
-    becomes a second child of that node, which for position 0 is the root."""
+    becomes a second child of that node, which for position 0 is the root. Five tokens t cut at
+    [0, 3] give the tree root - t[:3] - t[3:] and the parents [root, t[:3]]."""
     prompt = rollout.parent
     root = Node(prompt.tokens, question=prompt.question)
     node = root
@@ -1107,8 +1122,8 @@ def split_rollout(rollout: Node, forks: list[int]) -> tuple[Node, list[Node]]:
 def continue_forks(
     model: torch.nn.Module, parents: list[Node], budgets: list[int], decoding: Decoding
 ) -> None:
-    """Sample one more ending below each of these nodes, of up to its budget of tokens: all in one
-    call with the largest budget, then cut."""
+    """Sample one more ending below each of these nodes, of up to its budget of tokens: all by one
+    sample_trees with the largest budget, as prompts of their own, then cut."""
     if not parents:
         return
     prefixes = []
@@ -1217,21 +1232,28 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
     model.set_attn_implementation("grouped")
 
 
+def try_update(model: torch.nn.Module) -> None:
+    """The forward and backward pass of a tree of three tokens."""
+    step = Node([0, 0], Node([0]), trained=True)
+    pack = pack_nodes([step.parent], 3)[0]
+    row = pack_row(pack, model.device, padded=True)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        logps, _ = token_logps(model, row, 1.0, model.config.vocab_size)
+    if logps.requires_grad:  # the reference's do not
+        logps.sum().backward()
+    model.zero_grad()
+
+
 def compile_training(model: torch.nn.Module, mode: str) -> None:
     """Make the update faster: attention leaves out the blocks that the ancestor mask empties, and
     each layer's small operations are fused. If the compiler fails on a trial, mode "auto" undoes
     this and prints a line; mode "on" raises BadInput."""
-    model.set_attn_implementation("flex_attention")
     layers = model.get_decoder().layers
+    model.set_attn_implementation("flex_attention")
     for layer in layers:
         layer.compile(dynamic=True)
-    trial = Node([0, 0], Node([0]), trained=True)
-    row = pack_row(pack_nodes([trial.parent], 3)[0], model.device, padded=True)
     try:
-        with torch.autocast(model.device.type, torch.bfloat16):
-            logps, _ = token_logps(model, row, 1.0, model.config.vocab_size)
-        if logps.requires_grad:  # the reference's do not
-            logps.sum().backward()
+        try_update(model)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler shows in many ways
@@ -1239,8 +1261,8 @@ def compile_training(model: torch.nn.Module, mode: str) -> None:
         model.set_attn_implementation("sdpa")
         for layer in layers:
             layer._compiled_call_impl = None
+        model.zero_grad()
         print(f"cannot compile the update ({one_line(error)}); it goes on about 1.4 times slower")
-    model.zero_grad()
 
 
 class Workspace:
@@ -1296,21 +1318,29 @@ class Workspace:
                 # Zeros: what is masked is multiplied by 0, so it must be finite.
                 self.blocks.append((self.new_block(keys), self.new_block(values)))
         if (batch, length) not in self.caches:
-            cache = Cache(layers=[StaticLayer(length) for _ in kv])
-            for layer, blocks, tensors in zip(cache.layers, self.blocks, kv):
-                layer.keys = self.view(blocks[0], tensors[0], batch, length)
-                layer.values = self.view(blocks[1], tensors[1], batch, length)
-                layer.cumulative_length = layer.cumulative_length.to(layer.keys.device)
-                layer.dtype = layer.keys.dtype
-                layer.device = layer.keys.device
-                layer.is_initialized = True
-                # Without a static address there is no CUDA graph, as the step writes to its inputs.
-                torch._dynamo.mark_static_address(layer.cumulative_length)
-                for tensor in (layer.keys, layer.values):
-                    torch._dynamo.mark_static_address(tensor)
-                    torch._dynamo.mark_static(tensor, [1, 3])  # heads and width never change
-            self.caches[batch, length] = cache
+            layers = []
+            for blocks, tensors in zip(self.blocks, kv):
+                keys = self.view(blocks[0], tensors[0], batch, length)
+                values = self.view(blocks[1], tensors[1], batch, length)
+                layers.append(self.layer(keys, values))
+            self.caches[batch, length] = Cache(layers=layers)
         return self.caches[batch, length]
+
+    def layer(self, keys: Tensor, values: Tensor) -> StaticLayer:
+        """A layer of transformers' static cache in this memory, where it would take its own."""
+        layer = StaticLayer(keys.shape[2])
+        layer.keys = keys
+        layer.values = values
+        layer.cumulative_length = layer.cumulative_length.to(keys.device)
+        layer.dtype = keys.dtype
+        layer.device = keys.device
+        layer.is_initialized = True
+        # Without a static address there is no CUDA graph, as the step writes to its inputs.
+        torch._dynamo.mark_static_address(layer.cumulative_length)
+        for tensor in (keys, values):
+            torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static(tensor, [1, 3])  # heads and width never change
+        return layer
 
     def new_block(self, tensor: Tensor) -> Tensor:
         _, n_heads, _, width = tensor.shape
