@@ -1295,7 +1295,8 @@ class Workspace:
         self, rows: Rows, index: list[int], new_tokens: int
     ) -> tuple[Tensor, Tensor, Cache]:
         """Copy these rows into the block -> ids, mask and the cache for `generate`. Copies of the
-        last row fill up the shape."""
+        last row fill up the shape. All rows fit: `grow` sends at most most_rows of the length
+        that they can have at the end of the step."""
         past = rows.ids.shape[1] - 1
         length = self.round_up(past + new_tokens)
         power_of_two = 2 ** math.ceil(math.log2(len(index)))
