@@ -19,7 +19,6 @@ each is compared with A problem by problem.
 A model's answers to a benchmark are in one folder: problems.jsonl, a line for each problem, and
 summary.json, the figures and the protocol. A command that was stopped goes on when it is repeated.
 """
-import argparse
 import dataclasses
 import fcntl
 import gc
@@ -64,6 +63,7 @@ from treerpo import (
     load_tokenizer,
     make_decoding,
     newest_checkpoint,
+    read_flags,
     read_jsonl,
     require,
     sample_trees,
@@ -803,12 +803,11 @@ def evaluate(settings: Settings, given: dict) -> int:
 
 # -------------------------------------------------------------------------------- Command line
 def make_parser() -> HfArgumentParser:
-    description, _, _ = __doc__.partition("\n\n")
     return HfArgumentParser(
         GROUPS,
         prog="eval.py",
         usage="python eval.py [flags]",
-        description=description,
+        description="Benchmark scores with standard errors, paired differences and the protocol.",
         epilog=(
             f"The demo's answers are made with --temperature {DEMO['temperature']} and "
             f"--max-new-tokens {DEMO['max_new_tokens']}. Exit status: 0 done, 1 a hub benchmark is "
@@ -817,15 +816,6 @@ def make_parser() -> HfArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-
-
-def read_flags(argv: list[str] | None) -> dict:
-    """The flags that were given, and no others."""
-    not_given = object()
-    names = [entry.name for entry in dataclasses.fields(Settings)]
-    blank = argparse.Namespace(**dict.fromkeys(names, not_given))
-    parsed = vars(make_parser().parse_args(argv, blank))
-    return {name: value for name, value in parsed.items() if value is not not_given}
 
 
 def settings_for(benchmark: str, given: dict) -> Settings:
@@ -879,7 +869,7 @@ def check_compare(given: dict) -> None:
 
 def run(argv: list[str] | None) -> int:
     """Raises BadInput; argparse exits with status 2 by itself."""
-    given = read_flags(argv)
+    given = read_flags(make_parser(), Settings, argv)
     settings = settings_for("", given)
     if settings.compare is not None:
         check_compare(given)

@@ -3625,7 +3625,6 @@ WITHOUT_EFFECT = [  # flags, the one at fault, the one to use
     ("--minibatches 1 --clip-eps 0.1", "--clip-eps", "--minibatches 1"),
     ("--prune-threshold 1", "--prune-threshold", "less than 1"),
     ("--branching 2 2 --step-len 4 4 4", "--step-len", "--branching"),
-    ("--compile on --grad-checkpointing --dtype float32", "--grad-checkpointing", "--dtype mixed"),
     ("--branching 1 1", "--branching", "2 or more"),
     ("--algo grpo --branching 1", "--branching", "2 or more"),
     ("--algo treeadv --leaves 1 --trees 1", "--leaves", "2 or more"),

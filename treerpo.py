@@ -136,14 +136,14 @@ class LearningSettings:
         "token", "one importance ratio per token [paper §3.4], or per step (GSPO)"
     )
     clip_eps: float = flag(
-        0.2, "clip range 1 +- this [code]; with sequence ratios 4e-4 [GSPO §5.1]"
+        0.2, "clip range 1 +- this [code]; with sequence ratios 4e-4 [GSPO: 3e-4 down, 4e-4 up]"
     )
     kl_coef: float = flag(0.001, "weight of the KL term against the initial model [paper §3.4]")
     entropy_coef: float = flag(0.001, "weight of the entropy bonus [paper §4]")
     minibatches: int = flag(
         2, "optimiser steps on each batch [paper §4], cut by question [ours]"
     )
-    lr: float = flag(1e-6, "learning rate of AdamW, constant [paper §4]")
+    lr: float = flag(1e-6, "learning rate of AdamW [paper §4], constant [code]")
     seed: int = flag(0, "of sampling, data order and evaluation [ours]")
 
 
@@ -197,7 +197,9 @@ ALGORITHMS = {
     "gspo": {**WHOLE_ANSWERS, "ratio": "sequence"},
     "treeadv": WHOLE_ANSWERS,
 }
-SEQUENCE_CLIP_EPS = 4e-4  # GSPO §5.1: the ratio of a sequence moves far less than a token's
+# The ratio of a whole sequence moves far less than a token's. GSPO: 3e-4 down, 4e-4 up; one number
+# for both is ours.
+SEQUENCE_CLIP_EPS = 4e-4
 
 # Without --model. The tiny model takes a larger learning rate and a smaller tree. Its policy is
 # nearly certain at temperature 0.6, where the groups soon agree and the signal runs out. Compiling
@@ -801,7 +803,7 @@ def policy_loss(
 
     A is the advantage of the token's step; r_t = pi / pi_old; k3 = exp(d) - d - 1 with
     d = log pi_ref - log pi, clamped to +-10. The loss is the mean over all tokens [code]; Eq. 5
-    takes the mean over answers of their means. With ratio "sequence" (GSPO, 2507.18071 Eq. 7) a
+    takes the mean over answers of their means. With ratio "sequence" (GSPO, 2507.18071) a
     step has one ratio exp(mean_t log r_t) and the min term is the mean over the n_steps steps; KL
     and entropy stay means over tokens.
 
@@ -3076,7 +3078,7 @@ def load_questions(
         print(f"{source}: {len(rows) - len(questions)} rows without an answer are left out")
     if unreadable:
         print(
-            f"{source}: {len(unreadable)} answers cannot be read as mathematics and match only "
+            f"{source}: {len(unreadable)} answers cannot be read as mathematics and may match only "
             f"the same text; the first is in {unreadable[0]}"
         )
     return questions
@@ -3886,24 +3888,23 @@ def make_parser() -> HfArgumentParser:
         "--algo treeadv: as grpo, with --leaves and --trees instead of --branching",
         "Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.",
     ]
-    description, _, _ = __doc__.partition("\n\n")
     return HfArgumentParser(
         GROUPS,
         prog="treerpo.py",
         usage="python treerpo.py [flags]",
-        description=description,
+        description="TreeRPO (arXiv 2506.05183) in one file: train a small maths model on one GPU.",
         epilog="\n".join(presets),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
 
 
-def read_flags(argv: list[str] | None) -> dict:
-    """The flags that were given, and no others."""
+def read_flags(parser: HfArgumentParser, settings: type, argv: list[str] | None) -> dict:
+    """The flags that were given, and no others; settings is the class with a field for each."""
     not_given = object()
-    names = [entry.name for entry in dataclasses.fields(Settings)]
+    names = [entry.name for entry in dataclasses.fields(settings)]
     blank = argparse.Namespace(**dict.fromkeys(names, not_given))
-    parsed = vars(make_parser().parse_args(argv, blank))
+    parsed = vars(parser.parse_args(argv, blank))
     return {name: value for name, value in parsed.items() if value is not not_given}
 
 
@@ -4031,11 +4032,6 @@ def check_effects(settings: Settings, given: dict) -> None:
         settings.trees <= settings.leaves,
         f"--trees {settings.trees}: it must be at most --leaves, {settings.leaves}",
     )
-    require(
-        settings.compile != "on" or settings.grad_checkpointing is False
-        or choose_dtype(settings.dtype, choose_device(settings.device)) == "mixed",
-        "--compile on with --grad-checkpointing needs --dtype mixed",
-    )
 
 
 def check_numbers(settings: Settings) -> None:
@@ -4063,7 +4059,7 @@ def check_numbers(settings: Settings) -> None:
 
 def parse_settings(argv: list[str] | None) -> Settings:
     """Raises BadInput; argparse exits with status 2 by itself."""
-    given = read_flags(argv)
+    given = read_flags(make_parser(), Settings, argv)
     if "resume" in given:
         settings = resume_settings(given)
         check_numbers(settings)
