@@ -764,9 +764,9 @@ def token_logps(
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.get_output_embeddings()(hidden)[:, :vocab_size].float() / temperature
-        log_z = logits.logsumexp(-1)
-        logps = logits.gather(1, targets[:, None])[:, 0] - log_z
-        entropies = log_z - (logits.softmax(-1) * logits).sum(-1)
+        log_probs = logits.log_softmax(-1)
+        logps = log_probs.gather(1, targets[:, None])[:, 0]
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
         return logps, entropies
 
     chunk = max(1, max_logits // vocab_size)
