@@ -3790,6 +3790,32 @@ def test_metrics_have_the_promised_keys(whole):
         evaluated = row["step"] in (0, 2, 4)
         assert ("eval/accuracy" in row) == evaluated
         assert ("eval/greedy_accuracy" in row) == evaluated
+        assert ("eval/standard_error" in row) == evaluated
+
+
+@pytest.mark.parametrize("n_questions, error", [(4, math.sqrt(0.5 / 3) / 2), (1, None)])
+def test_held_out_accuracy_and_its_standard_error_by_hand(monkeypatch, n_questions, error):
+    """Shares right of the questions: 1, 1/2, 0, 1/2; their squares around 1/2 add up to 1/2. The
+    four samples of one question say the same thing again, so they do not make it smaller."""
+    right = {2: [[1, 1], [1, 0], [0, 0], [0, 1]], 1: [[1], [0], [0], [0]]}
+
+    def sample(model, prompts, branching, step_lens, decoding):
+        assert decoding.temperature == (0.6 if branching == [2] else 0.0)
+        trees = []
+        for question in range(len(prompts)):
+            root = Node([1], question=question)
+            for reward in right[branching[0]][question]:
+                Node([1], root, reward=reward)
+            trees.append(root)
+        return trees
+
+    monkeypatch.setattr(treerpo, "sample_trees", sample)
+    monkeypatch.setattr(treerpo, "verify_leaves", lambda trees, answers, tokenizer: None)
+    questions = [{"prompt": [1], "answer": "1"}] * n_questions
+    found = treerpo.evaluate(None, None, questions, 2, 5, Decoding((0,), 9), 0)
+    assert found["eval/accuracy"] == (0.5 if n_questions == 4 else 1.0)
+    assert found["eval/greedy_accuracy"] == (0.25 if n_questions == 4 else 1.0)
+    assert found["eval/standard_error"] == (None if error is None else pytest.approx(error))
 
 
 def reference_advantages(rewards):

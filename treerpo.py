@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Literal
 
 if __name__ == "__main__" and sys.stderr.isatty():  # the next imports take some seconds
@@ -3335,23 +3335,30 @@ def evaluate(
     budget: int,
     decoding: Decoding,
     seed: int,
-) -> dict[str, float]:
-    """Held-out accuracy: avg@samples at the decoding's temperature, and greedy. It has a random
-    stream of its own, so that evaluating never changes the training."""
+) -> dict[str, float | None]:
+    """Held-out accuracy: avg@samples at the decoding's temperature with its standard error over
+    questions, and greedy. It has a random stream of its own, so that evaluating never changes the
+    training."""
     prompts = [question["prompt"] for question in questions]
     answers = [question["answer"] for question in questions]
-    greedy = dataclasses.replace(decoding, temperature=0.0)
-    accuracy = {}
+
+    def shares_right(width: int, how: Decoding) -> list[float]:
+        trees = sample_trees(model, prompts, [width], [budget], how)
+        verify_leaves(trees, answers, tokenizer)
+        return [backup_rewards(root) for root in trees]
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name, width, how in (
-            ("eval/accuracy", samples, decoding),
-            ("eval/greedy_accuracy", 1, greedy),
-        ):
-            trees = sample_trees(model, prompts, [width], [budget], how)
-            leaves, _ = verify_leaves(trees, answers, tokenizer)
-            accuracy[name] = fmean([leaf.reward for leaf in leaves])
-    return accuracy
+        sampled = shares_right(samples, decoding)
+        greedy = shares_right(1, dataclasses.replace(decoding, temperature=0.0))
+    error = None  # of a single question
+    if len(sampled) > 1:
+        error = stdev(sampled) / math.sqrt(len(sampled))
+    return {
+        "eval/accuracy": fmean(sampled),
+        "eval/standard_error": error,
+        "eval/greedy_accuracy": fmean(greedy),
+    }
 
 
 # --------------------------------------------------------------------- Checkpoints and logs
@@ -3752,7 +3759,7 @@ def run_step(run: Run, step: int, settings: Settings, status: Status) -> dict:
     return row
 
 
-def evaluate_run(run: Run, settings: Settings, status: Status) -> dict[str, float]:
+def evaluate_run(run: Run, settings: Settings, status: Status) -> dict[str, float | None]:
     status.phase("evaluating")
     decoding = dataclasses.replace(run.decoding, progress=status.tokens)
     budget = sum(per_level(settings.step_len, settings.branching))

@@ -336,13 +336,13 @@ class Curve:
     seconds: list[float]                    # of training, without evaluations and saving
     accuracy: list[float]                   # avg@k on dev at the training temperature
     greedy: list[float]
-    questions: int
+    errors: list[float]                     # standard errors of accuracy
     length: float                           # mean tokens of an answer, last five steps
 
 
 def make_curve(line: dict) -> Curve:
     questions = line["settings"]["eval_questions"]
-    curve = Curve([], [], [], [], [], questions, math.nan)
+    curve = Curve([], [], [], [], [], [], math.nan)
     seconds = 0.0
     for row in line["metrics"]:
         for part in ("time_sample", "time_score", "time_update"):
@@ -354,6 +354,8 @@ def make_curve(line: dict) -> Curve:
         curve.seconds.append(seconds)
         curve.accuracy.append(row["eval/accuracy"])
         curve.greedy.append(row["eval/greedy_accuracy"])
+        largest = largest_error(row["eval/accuracy"], questions)
+        curve.errors.append(row.get("eval/standard_error", largest))  # early runs lack it
     trained = [row for row in line["metrics"] if "completions/mean_length" in row]
     if trained:
         curve.length = fmean(row["completions/mean_length"] for row in trained[-5:])
@@ -378,16 +380,16 @@ def interval(values: list[float]) -> tuple[float, float]:
     return fmean(values), quantile * stdev(values) / math.sqrt(n)
 
 
-def standard_error(accuracy: float, questions: int) -> float:
-    """Of one answer a question; the mean of several has less."""
+def largest_error(accuracy: float, questions: int) -> float:
+    """The standard error if all samples of a question agreed; otherwise it is smaller."""
     return math.sqrt(accuracy * (1 - accuracy) / questions)
 
 
 def gain_in_errors(curve: Curve) -> float:
-    """How many standard errors the last evaluation lies above the first."""
-    before = standard_error(curve.accuracy[0], curve.questions)
-    after = standard_error(curve.accuracy[-1], curve.questions)
-    return (curve.accuracy[-1] - curve.accuracy[0]) / max(math.hypot(before, after), 1e-9)
+    """How many standard errors the last evaluation lies above the first. Both ask the same
+    questions; that this makes their difference more certain is left out."""
+    error = math.hypot(curve.errors[0], curve.errors[-1])
+    return (curve.accuracy[-1] - curve.accuracy[0]) / max(error, 1e-9)
 
 
 def percent(values: list[float], sign: str = "") -> str:

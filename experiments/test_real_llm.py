@@ -63,6 +63,13 @@ def test_gain_counts_binomial_standard_errors():
     assert real_llm.gain_in_errors(curve) == pytest.approx(6.860, abs=5e-4)
 
 
+def test_gain_takes_the_logged_standard_errors_where_there_are_any():
+    line = make_line("grpo", 0, 0.5)
+    line["metrics"][0]["eval/standard_error"] = 0.03
+    line["metrics"][1]["eval/standard_error"] = 0.04
+    assert real_llm.gain_in_errors(real_llm.make_curve(line)) == pytest.approx(0.4 / 0.05)
+
+
 def test_differences_pair_the_seeds_that_both_have():
     lines = [make_line("grpo", 0, 0.3), make_line("grpo", 1, 0.5)]
     lines += [make_line("treerpo", 1, 0.6), make_line("treerpo", 2, 0.9)]
