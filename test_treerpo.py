@@ -1897,6 +1897,55 @@ def test_importing_the_file_does_nothing(monkeypatch, capsys):
 # ==================================================================================== The verifier
 # Pairs by kind. What is equal must be so in both orders, and each answer equals itself.
 EQUAL = {
+    "vectors": [
+        (r"\frac12\begin{pmatrix}2&4\\0&6\end{pmatrix}", r"\begin{bmatrix}1&2\\0&3\end{bmatrix}"),
+        (r"A^{-1}=\begin{pmatrix}2&1\\1&1\end{pmatrix}", r"\begin{pmatrix}2&1\\1&1\end{pmatrix}"),
+        (r"(1,2)+t(3,4)", r"\langle 1+3t,2+4t\rangle"), ("-(1,2)", "(-1,-2)"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}-s\begin{pmatrix}1\\0\end{pmatrix}", r"(1-s,2)"),
+        (r"4\mathbf{i}-3\mathbf{j}+\mathbf{k}", r"4\hat{i}-3\hat{j}+\hat{k}"),
+        (r"4\vec{\imath}-3\vec{\jmath}", r"\langle 4,-3\rangle"),
+        (r"\left(\begin{array}{c}2n\\n\end{array}\right)", r"\binom{2n}{n}"),
+        ("x=2,y=3", "(x,y)=(2,3)"), ("(m,n)=(3,6)", "(3,6)"),
+    ],
+    "sets of numbers": [
+        ("]0,1[", "(0,1)"), (r"[2,+\infty[", r"[2,\infty)"), ("|x|<3", "(-3,3)"),
+        (r"|x|\ge 2", r"(-\infty,-2]\cup[2,\infty)"), (r"(-1,1)\cup[1,3)", "(-1,3)"),
+        (r"[0,2]\cup[1,5]", "[0,5]"), (r"x\ge-2,x\ne1", r"[-2,1)\cup(1,\infty)"),
+        (r"\{x\mid x\ne2, x\ne-5\}", r"(-\infty,-5)\cup(-5,2)\cup(2,\infty)"),
+        (r"A\cup B=\{1,2\}", r"\{1,2\}"), (r"(-\infty,\infty)", r"\mathbb R"),
+    ],
+    "parameters and constants": [
+        ("y=c_1e^x+c_2e^{-x}", "y=C_1e^{x}+C_2e^{-x}"), (r"\sin x+c", r"C+\sin x"),
+        (r"\mathrm{C}_{1}x", "c_1x"), ("y(x)=x^2", "y=x^2"), (r"\rho(r)=\frac{1}{r}", r"\frac1r"),
+        (r"\pi k, k \in \mathbb{Z}", r"n\pi, n\in\mathbb Z"),
+        (r"$x=2\pi k$ for integers $k$", r"x=2\pi n, n\in Z"),
+        (r"$(k,2k)$, $k$ any integer", r"(n,2n), where $n$ is an integer"),
+    ],
+    "words outside of dollars": [
+        ("Vertex $(2,-3)$", "(2,-3)"), ("axis: $x=2$", "x=2"), ("$7$ meters", r"7\text{ m}"),
+        ("width $=7$ meters", "7"), (r"$5.2\times 10^{-3}$ J", "0.0052"), ("$x=2$ or $x=3$", "2, 3"),
+        (r"\operatorname{rank}(A)=2", "2"), (r"\det A=-14", "-14"),
+        ("$x=5$ (multiplicity 2)", "5"),
+    ],
+    "congruences, cases, sums": [
+        (r"x\equiv 3\pmod{7}", "3"), (r"x\equiv 3\pmod 7", r"x\equiv 10(\bmod 7)"),
+        (r"\begin{cases}x^2&\text{if }x\le0\\2x&x>0\end{cases}",
+         r"\left\{\begin{array}{ll}2x,&x>0\\x^2,&x\leq 0\end{array}\right."),
+        (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "x=1, y=2"),
+        (r"\sum_{k=1}^{n}(k+1)^2", r"\sum_{k=1}^n (k^2+2k+1)"),
+        (r"\int_{0}^{1}(x+x)\,dx", r"\int_0^1 2x dx"), (r"\sqrt2\operatorname{cis}45^\circ", "1+i"),
+        (r"\frac{10!}{3!7!}", "120"), (r"{10 \choose 4}", "210"), ("3+(n-1)4", "4n-1"),
+        (r"[n/2]+1", r"\lfloor n/2\rfloor+1"), (r"\binom{2018}{1009}", r"\frac{2018!}{1009!^2}"),
+        (r"\gcd(n,m)", r"\gcd(m,n)"), ("2017^{2017}-1", "-1+2017^{2017}"),
+    ],
+    "money, units, rounding": [
+        (r"\$2.50\text{ per gallon}", r"\$2.50"), ("18 dollars per hour", r"\$18"),
+        (r"\$1,000", r"1000\text{ dollars}"), (r"\pi\text{ rad}", r"180^\circ"),
+        (r"20^\circ C", "20"), ("361 kJ/mol", r"361\text{ kJ/mol}"),
+        (r"x=\frac17\approx 0.14", r"\frac17"), (r"2\pi\approx 6.28", r"2\pi"),
+        (r"\color{blue}{42}", "42"), ("10⁻⁴", "0.0001"), ("1\u2009000", "1000"), ("\u200b27", "27"),
+        (r"3\colon 5", "3:5"),
+    ],
     "fractions": [
         (r"\frac{1}{2}", r"\dfrac12"), (r"\tfrac{3}{4}", "3/4"),
         (r"\frac{2}{4}", r"\frac{1}{2}"), (r"-\frac{7}{3}", r"\frac{-7}{3}"),
@@ -2282,6 +2331,45 @@ EQUAL = {
 }
 
 DIFFERENT = {
+    "vectors": [
+        (r"2\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}2&4\\3&4\end{pmatrix}"),
+        ("(1,2)+t(3,4)", "(1+3t,2-4t)"), ("(1,2)+(3,4)", "(4,7)"), ("(3,4)", "3+4i"),
+        (r"4\mathbf{i}-3\mathbf{j}", "(-3,4)"), ("(y,x)=(2,3)", "(2,3)"),
+        ("x=3,y=2", "(x,y)=(2,3)"), (r"\begin{pmatrix}5\\2\end{pmatrix}", r"\binom{2}{5}"),
+        (r"(1,2)\cdot(3,4)", "(3,8)"),
+    ],
+    "sets of numbers": [
+        ("[0,1[", "(0,1)"), ("]0,1]", "(0,1)"), (r"|x|\le 3", "(-3,3)"), ("|x|<3", "|x|>3"),
+        (r"(-1,1)\cup(1,3)", "(-1,3)"), (r"x\ge-2,x\ne1", r"[-2,\infty)"),
+        (r"\{x\mid x>1, x<3\}", r"(1,\infty)"), (r"\sqrt[3]{2},\sqrt[3]{4}", "(2,4)"),
+        (r"(1,2]\cup\{3\}", "(1,3]"),
+    ],
+    "parameters and constants": [
+        (r"\pi k, k\in\mathbb{Z}", r"\pi k, k\in\mathbb{N}"), ("mc^2+C", "mC^2+C"),
+        (r"x=2\pi k, k\in\mathbb{Z}", r"x=\pi k, k\in\mathbb{Z}"),
+        ("k^2, k>1", "k^2, k>2"), ("f(2)=3", "f(3)=3"), ("y_1=x", "y_2=x"),
+    ],
+    "words outside of dollars": [
+        ("twice $5$", "5"), ("not $5$", "5"), ("about $5$", "5"), ("all but $5$", "5"),
+        ("$5$ or less", "5"), ("$5$ squared", "5"), ("axis $x=2$", "y=2"),
+        (r"\operatorname{rank}(A)=2", r"\operatorname{rank}(B)=2"),
+    ],
+    "congruences, cases, sums": [
+        (r"x\equiv 3\pmod{7}", r"x\equiv 3\pmod{8}"), (r"x\equiv 3\pmod{7}", "10"),
+        (r"x\equiv 3\pmod{7}", r"y\equiv 3\pmod{7}"), ("7 mod 10", "7"),
+        (r"\begin{cases}1&x>0\\0&x<0\end{cases}", r"\begin{cases}0&x>0\\1&x<0\end{cases}"),
+        (r"\begin{cases}1&x>0\\0&x<0\end{cases}", "1, 0"),
+        (r"\sum_{k=1}^{n}k", r"\sum_{k=0}^{n}k"), (r"\sum_{k=1}^{n}k", "k"),
+        (r"\int_0^1 x dx", r"\int_0^2 x dx"), (r"\int_0^1 x dx", r"\sum_0^1 x dx"),
+        (r"\gcd(m,n)", "1"), (r"m+n-\gcd(m,n)", "m+n-1"), (r"\operatorname{lcm}(m,n)", "mn"),
+        (r"\gcd(n,8)", r"\gcd(n,4)"), ("[n/2]+1", "n/2+1"), ("(2) 3", "6"),
+    ],
+    "money, units, rounding": [
+        (r"\$5", r"5\text{ cents}"), (r"\$5", r"5\text{ cm}"), (r"45^\circ", r"45\text{ cm}"),
+        (r"1^\circ", r"1\text{ radian}"), (r"45\%", r"45^\circ"), ("5 m", "5 m/s"),
+        (r"\$5 \text{ million}", r"\$5"), (r"\frac17\approx 0.14", "0.14"), (r"\approx 7", "7"),
+        (r"{\color{white}7}8", "8"), ("10⁻⁴", "10^4"), (r"20^\circ C", r"20^\circ F"),
+    ],
     "second set written before a trial": [
         ("|x|<3", "x<3"), (r"30^\circ,150^\circ", r"30^\circ"),
         (r"\tan 60^\circ", r"\tan 60"), ("(x-2)^2+(y+3)^2=16", "(x-2)^2+(y+3)^2=4"),
@@ -2634,6 +2722,11 @@ CHOICES = [
     (r"25\%", "0.25", False, "so it is no factor 1/100"),
     (r"\$18", "18", True, "currency signs are left out"),
     (r"\$18", r"18\text{ euros}", True, "which currency, the question says"),
+    (r"\$18", r"18\text{ cents}", False, "but a hundredth of it is none"),
+    (r"x\equiv 3\pmod{7}", "3", True, "the question names the modulus"),
+    ("y=cx", "y=Cx", True, "a constant may be written either way"),
+    ("c", "C", False, "a choice letter may not"),
+    (r"\ln|x|", r"\ln x", True, "formulas are compared where both are real"),
     ("52_8", "52", True, "the question names the base, the suffix may be left out"),
     ("52_8", "42", False, "the value in base ten is another answer"),
     ("1011_2", "11", False, "in base ten, too"),

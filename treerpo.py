@@ -1364,7 +1364,7 @@ class Workspace:
 
 MAX_CHARS = 400    # longer answers are compared as text
 MAX_DEPTH = 25     # nested brackets
-MAX_BITS = 8192    # of a numerator or denominator: 2^{4950} is exact, 9^{9^9} is not computed
+MAX_BITS = 32_768  # of a numerator or denominator: 2017^{2017} is exact, 9^{9^9} is not computed
 MAX_ITEMS = 60     # of a list
 MAX_BOX = 20_000   # characters of a box
 
@@ -1428,10 +1428,10 @@ SPELLINGS = r"""
     \lbrace → \{    \rbrace → \}        \lbrack → [    \rbrack → ]      \prime ′ ’ → '
     \dfrac \tfrac \cfrac → \frac        \dbinom \tbinom → \binom        √ → \sqrt
     \varphi → \phi                      \varepsilon → \epsilon          \vartheta → \theta
-    \ldots \cdots … ... → \dots        \approx \simeq ≈ → =
+    \ldots \cdots … ... → \dots        \approx \simeq → ≈               \equiv → ≡
     \overrightarrow → \vec              \arctg → \arctan                \lg → \log
     \tg → \tan                          \ctg → \cot                     ¢ → "cents"
-    ² → ^{2}        ³ → ^{3}            ½ → \frac{1}{2}                 、 → ,    。 → .
+    \colon → :     ½ → \frac{1}{2}     、 → ,    。 → .
     α → \alpha      β → \beta           θ → \theta                      λ → \lambda
 """
 
@@ -1453,6 +1453,9 @@ def read_spellings(table: str) -> dict[str, str]:
 
 COMMON_SPELLING = read_spellings(SPELLINGS)
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # （１，２） is (1,2)
+SPACES = dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u3000"), " ")
+INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"))  # dropped
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 SPELLING = re.compile(r"\\mathbb\{R\}|\\[A-Za-z]+|\.\.\.|[<>!=]=|=<|\*\*|\+-|[^\x00-\x7f]")
 
 # Units: the common name, then its other names. A plural s is dropped before a look-up.
@@ -1463,8 +1466,9 @@ UNIT_TABLE = """
     gallon gal | cup | ms | s sec second | min minute | hour h hr | am | pm | noon | midnight | day
     week | month | year yr | N newton | J joule | kJ | eV | keV | MeV | GeV | erg | W watt | kW
     V volt | A ampere amp | ohm | Hz hertz | kHz | MHz | GHz | Pa pascal | kPa | atm | K kelvin
-    C coulomb celsius | F fahrenheit | degree deg | rad radian | percent pct percentage | cent
-    dollar USD | euro | unit | point | piece | way | people person | children child | men man
+    C coulomb celsius | F fahrenheit | degree deg | arcsecond | rad radian
+    percent pct percentage | cent | dollar USD | euro | money
+    unit | point | piece | way | people person | children child | men man
 """
 
 
@@ -1488,7 +1492,8 @@ NUMBER_WORDS = """
 MODIFIERS = {"half", "third", "quarter", *NUMBER_WORDS} | set("""
     squared cubed factorial inverse prime plus minus time over less more than fewer by is was not
     no or and mod root power sum multiple opposite negative repeat double triple score to the wrong
-    maybe perhaps approximately about except hundred thousand million billion trillion dozen halve
+    maybe perhaps approximately about except but twice
+    hundred thousand million billion trillion dozen halve
     fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth digit
 """.split())
 
@@ -1528,10 +1533,10 @@ def unit_name(phrase: str) -> str | None:
 
 
 VERTICAL = re.compile(
-    r"(?P<open>(?:\\left *)?[(\[] *)?"
+    r"(?P<open>(?:\\left *)?(?:[(\[]|\\\{) *)?"
     r"\\begin *\{(?P<name>[bBp]?matrix|smallmatrix|array|cases)\} *(?:\{[lcr| ]*\})?"
     r"(?P<body>.*?)\\end *\{(?P=name)\}"
-    r"(?P<close> *(?:\\right *)?[)\]])?",
+    r"(?P<close> *(?:\\right *)?[)\].])?",
     re.DOTALL,
 )
 
@@ -1539,17 +1544,28 @@ VERTICAL = re.compile(
 def write_rows(found: re.Match) -> str:
     r"""Every kind of matrix: \begin{bmatrix}1&2\\[4pt]3&4\end{bmatrix} -> \matrix(1&2;3&4).
 
-    Cases without conditions are a list: \begin{cases}x=1\\y=2\end{cases} -> x=1,y=2.
+    Behind a brace: \begin{cases}x=1\\y=2\end{cases} -> x=1,y=2, and with conditions
+    \begin{cases}1 & x>0\\0 & x<0\end{cases} -> \cases(1&x>0;0&x<0).
     """
     body = found["body"].replace(r"\hline", "")
     rows = [row.strip() for row in re.split(r"\\\\(?: *\[[^\]]*\])?", body)]
     rows = [row for row in rows if row]
-    if found["name"] == "cases":
-        return found[0] if "&" in body else ",".join(rows)
+    opening = found["open"] or ""
+    if found["name"] == "cases" or opening.strip().endswith("{"):
+        if "&" not in body:
+            return ",".join(rows)
+        return rf"\cases({';'.join(map(write_case, rows))})"
     matrix = rf"\matrix({';'.join(rows)})"
-    if found["open"] and found["close"]:
+    if opening and found["close"]:
         return matrix
-    return (found["open"] or "") + matrix + (found["close"] or "")
+    return opening + matrix + (found["close"] or "")
+
+
+def write_case(row: str) -> str:
+    r"""x^2, & \text{if } x>0, -> x^2&x>0."""
+    value, _, condition = row.partition("&")
+    condition = re.sub(r"\\text *\{ *(?:if|for|when) *\}|\b(?:if|for|when)\b", "", condition)
+    return value.strip(" ,") + "&" + condition.strip(" ,.")
 
 
 TEXT_COMMAND = (
@@ -1557,7 +1573,7 @@ TEXT_COMMAND = (
 )
 FUNCTIONS = set(
     "arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh sin cos tan cot sec csc "
-    "ln log exp sqrt max min gcd lcm floor ceil pi".split()
+    "ln log exp cis sqrt max min gcd lcm floor ceil pi".split()
 )
 GLUED_UNITS = {"cm", "mm", "km", "kg", "ft", "mph", "Hz"}  # 5cm is 5 "cm", but 5m is a product
 
@@ -1570,6 +1586,26 @@ def quote_text(found: re.Match) -> str:
     if re.fullmatch(r"[0-9A-Z]*\d[0-9A-Z]*", content):
         return content
     return re.sub(r"[A-Za-z]+(?:[ .'-]+[A-Za-z]+)*", r' "\g<0>"', content)
+
+
+HEADING = re.compile(r"([,;]? *)([A-Za-z]+(?:[ -][A-Za-z]+){0,2}) *:? *")
+NO_HEADING = set("and or for where with if when all any every but than".split())
+
+
+def quote_outside(text: str) -> str:
+    """Words outside of $...$ are text: $x=k$ for integers $k$. Before it they are a heading:
+    Vertex $(2,-3)$ -> "Vertex": $(2,-3)$."""
+    parts = re.split(r"(?<!\\)\$", text)
+    if len(parts) % 2 == 0:
+        return text
+    for k in range(0, len(parts), 2):
+        heading = HEADING.fullmatch(parts[k])
+        if heading and k < len(parts) - 1 and NO_HEADING.isdisjoint(heading[2].split()):
+            colon = "" if parts[k + 1].lstrip().startswith("=") else ":"
+            parts[k] = heading[1] + r"\text{" + heading[2] + "}" + colon
+        elif len(parts) > 1 and "\\" not in parts[k]:
+            parts[k] = re.sub(r"[A-Za-z]+(?:[ -][A-Za-z]+)*", r"\\text{\g<0>}", parts[k])
+    return "$".join(parts)
 
 
 def quote_bare(found: re.Match) -> str:
@@ -1604,6 +1640,33 @@ def write_comma(found: re.Match) -> str:
     return found[0] if "and" in found[0] and is_inequality else " , "
 
 
+def write_rate(found: re.Match) -> str:
+    """361 kJ/mol -> 361 "kJ"/"mol"; 2 h/g stays: these are more often letters."""
+    above = found[1]
+    below = found[2]
+    is_rate = above in UNITS and below in UNITS and (len(above + below) > 2 or found[0] == " m/s")
+    return f' "{above}"/"{below}"' if is_rate else found[0]
+
+
+def write_superscript(found: re.Match) -> str:
+    """10⁻⁴ -> 10^{-4}."""
+    return "^{" + found[0].translate(SUPERSCRIPTS) + "}"
+
+
+def write_interval(found: re.Match) -> str:
+    """]0,1[ -> (0,1), [0,1[ -> [0,1)."""
+    left = "(" if found["left"] == "]" else "["
+    right = ")" if found["right"] == "[" else "]"
+    return left + found["ends"] + right
+
+
+def drop_rounding(found: re.Match) -> str:
+    r"""x=\frac{1}{7}≈0.14 -> x=\frac{1}{7}, 2\pi≈6.28 -> 2\pi, but x≈0.14 stays."""
+    _, equals, exact = found[1].rpartition("=")
+    has_name = re.search(r"(?<![A-Za-z\\])[A-Za-z]", exact)
+    return found[1] if exact.strip() and (equals or not has_name) else found[0]
+
+
 def write_base(found: re.Match) -> str:
     r"""52_8 -> \base(52;8), 1011_{"two"} -> \base(1011;2); 2A_1 stays: A is no digit in base 1."""
     digits = found["digits"].lower()
@@ -1623,43 +1686,66 @@ RULES = [
     ("space", r"\\[,;:> ]|\\q?quad(?![A-Za-z])|[~\s]+", " "),           # 10\,000 -> 10 000
     ("size", r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),  # \left( -> (
     # \displaystyle x -> x, \angle ABC -> ABC
-    ("style", r"\\(?:displaystyle|limits|bf|rm|it|therefore|angle)(?![A-Za-z])", " "),
+    ("style", r"\\(?:displaystyle|limits|bf|rm|it|large|Large|therefore|angle)(?![A-Za-z])", " "),
+    ("colour", r"\\(?:text)?color *\{(?!white)[a-z]+\}", " "),            # \color{blue}{42} -> {42}
     ("delimiters", r"\\[()\[\]]", ""),                                  # \(5\) -> 5
+    # 2\hat{i}+\mathbf{j} -> 2 i+ j
+    ("unit vector", r"\\(?:hat|vec|mathbf|boldsymbol|bm) *\{? *\\?([ijk])(?:math)? *\}?", r" \1"),
     # \mathbf{x} -> x, \boxed{5} -> 5
     ("frame", r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm) *\{([\w.]+)\}", r" \1"),
     ("phantom", r"\\phantom *(?:\{[^{}]*\}|.)", ""),                    # \phantom -1 -> 1
     ("quotation", r"[\"`“”]", ""),                                      # "5" -> 5
     ("comma", r"\{,\}", ","),                                           # 12{,}34 -> 12,34
+    # \$5 -> 5 "money", which is not 5 cents
+    ("dollars", r"(?<!\d)\\\$ *(\d[\d,]*(?:\.\d+)?)(?=[$ .]*(?:$|[,;/]|(?:\\text\{)? *per))",
+     r'\1 "money"'),
     ("money", r"(?<!\d)\\?[$£€]|\\?[$£€](?!\d)", ""),                   # \$18 -> 18, not 12$34
     # 1,234,567 and 10 000 are one number each; "1, 234" and (1,234) are two
     ("thousands", r"(?<![\w.,([])(?<!\\\{)(?<![([]-)\d{1,3}([, ]\d{3})+(?![\w)\]]|\\\}|[, ]\d)",
      drop_separators),
+    # (\bmod 7), \pmod{7} -> \mod{7}
+    ("modulus", r"\(? *(?:\\[pb]?mod|\\(?:text|mathrm)\{ *mod *\}|(?<![A-Za-z\\])mod)(?![A-Za-z])"
+     r"[ {]*(\w+)[ })]*", r" \\mod{\1}"),
+    # x=\frac{1}{7}≈0.14 -> x=\frac{1}{7}, but x≈0.14 is x=0.14
+    ("rounded", r"(?:^|(?<=[,;]))([^≈,;]*[^≈,;\s]) *≈ *-?[\d.,]*\d", drop_rounding),
+    ("approximately", "(?<!^)(?<!^ )≈", "="),                           # x≈2.3 -> x=2.3
     ("and, or", r"[, ]*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])[, ]*", write_comma),  # 5 or 6 -> 5 , 6
     ("text", TEXT_COMMAND + r"\{([^{}]*)\}", quote_text),               # \text{(B)} -> ("B")
     ("one comma", r" *,[, ]*,", ","),                                   # 1, 2,, 3 -> 1, 2, 3
     ("percent first", r"^ *\\?%", ""),                                  # \%7 -> 7
     ("percent", r" *\\?%", ' "percent"'),                               # 25\% -> 25 "percent"
     ("degree", r"\^? *\{? *° *\}?", "°"),                               # 30^{\circ} -> 30°
+    ("temperature", r"° *([CF])(?!\w)", r'° "\1"'),                     # 20°C -> 20° "C"
+    ("DNE", r"(?<![A-Za-z])DNE(?![A-Za-z])", '"does not exist"'),
+    ("star", r"\^ *(?:\{ *\* *\}|\*)", "_{*}"),                          # x^* -> x_{*}
     ("prime", r"\^ *\{? *('[' ]*)\}?", r"\1"),                          # y^{\prime} -> y'
     ("derivative", r"\\frac *\{ *d *([A-Za-z]) *\} *\{ *d *[a-z] *\}", r"\1'"),  # dy/dx -> y'
     # \frac{\partial z}{\partial x} -> z_{x}
     ("partial", r"\\frac *\{ *\\partial *(\w) *\} *\{ *\\partial *(\w) *\}", r"\1_{\2}"),
     # 1 1/2 -> 1\frac{1}{2}
     ("mixed number", r"(?<![\w.^}/])(\d+) (\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    ("superscript", "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", write_superscript),               # 10⁻⁴ -> 10^{-4}
+    # ]0,1[ -> (0,1)
+    ("outer brackets",
+     r"(?<![\w}])(?P<left>[][])(?P<ends>[^][(),;]+,[^][(),;]+)(?P<right>[][])(?![\w{[])",
+     write_interval),
+    ("choose", r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}", r"\\binom{\1}{\2}"),  # {n\choose k}
     # 1.2e-3 -> (1.2*10^{-3})
     ("e-form", r"(?<![\w.])(\d*\.?\d+)[eE]([+-]?\d{1,4})(?![\w.])", r"(\1*10^{\2})"),
     ("time", r"(?<=\d) *([apAP])\.?[mM](?:\.|(?![A-Za-z]))", r' "\1m"'),  # 3:30 p.m. -> 3:30 "pm"
-    ("speed", r"(?<=[\d}]) (k?m)/(s|h|hr)(?![A-Za-z])", r' "\1"/"\2"'),  # 12 m/s -> 12 "m"/"s"
+    ("rate", r"(?<=[\d}]) ([A-Za-z]+)/([A-Za-z]+)(?![A-Za-z(])", write_rate),  # 12 km/h
     ("ohm", r"(?<=\d) *\\Omega(?![A-Za-z])", ' "ohm"'),                 # 5\Omega -> 5 "ohm"
     ("glued root", r"(?<=[A-Za-z])sqrt(?=[({])", r"\\sqrt"),              # xsqrt(2) -> x\sqrt(2)
     # 12 apples -> 12 "apples", sin x -> \sin x
     ("bare words", r'"[^"]*"|\\[A-Za-z]+|[A-Za-z]+(?:\.? [A-Za-z]+)*', quote_bare),
-    ("heading", r'(^|,) *("[A-Za-z ]+") *:', r"\1 \2 ="),               # "area": 20 -> "area" = 20
+    ("heading", r'(^|[,;]) *("[A-Za-z -]+") *:', r"\1 \2 ="),           # "area": 20 -> "area" = 20
+    ("multiplicity", r'\( *"mult(?:iplicity)?" *\.? *\d+ *\)', ""),      # 5 (multiplicity 2) -> 5
     # "the answer is" 5 -> 5
     ("lead-in", r'(?i)^ *"(?:(?:so|thus|therefore|hence|the|final) )*answer is" *:?', ""),
     # "all real numbers" -> \reals
     ("real line", r'(?i)"(?:the set of )?(?:all )?real(?:s| numbers?)"', r" \\reals "),
-    ("empty set", r'(?i)"(?:there is )?no solutions?"(?: *: *∅)?', "∅"),  # no solution -> ∅
+    # no solution -> ∅
+    ("empty set", r'(?i)"(?:there (?:is|are) )?no (?:real )?solutions?"(?: *: *∅)?', "∅"),
     ("ratio", r'(?<=[\d)]) *"?to"? *(?=[\d(])', ":"),                   # 3 to 5 -> 3:5
     # _{10}C_{3} -> \binom{10}{3}
     ("combinations", r"(?:\{ *\} *)?_ *\{? *(\w+) *\}? *C *_ *\{? *(\w+) *\}?", r"\\binom{\1}{\2}"),
@@ -1674,7 +1760,9 @@ COMPILED_RULES = [(re.compile(pattern, re.ASCII), replacement) for _, pattern, r
 
 def normalise(text: str) -> str:
     """The text in the spelling that the parser reads."""
-    text = text.replace("｛", r"\{").replace("｝", r"\}").translate(FULL_WIDTH)
+    text = text.replace("｛", r"\{").replace("｝", r"\}")
+    text = text.translate(FULL_WIDTH | SPACES | INVISIBLE)
+    text = quote_outside(re.sub(r"\\mathbb *([A-Z])(?![A-Za-z])", r"\\mathbb{\1}", text))
     text = VERTICAL.sub(write_rows, text)
     text = SPELLING.sub(lambda found: COMMON_SPELLING.get(found[0], found[0]), text)
     for pattern, replacement in COMPILED_RULES:
@@ -1686,7 +1774,7 @@ def normalise(text: str) -> str:
 #
 # list     := relation (("," | ";") relation)*
 # relation := part (("=" | "<" | "≤" | ">" | "≥" | "≠" | "∈") part)*
-# part     := words | union [unit] | union (":" union)+ [unit]
+# part     := words | union (":" union)* [unit | "mod" atom]
 # union    := sum ("∪" sum)* ("∖" sum)*
 # sum      := ["+" | "-"] product (("+" | "-" | "±" | "∓") product)*
 # product  := power (["*" | "/"] power)*             side by side is a product
@@ -1695,9 +1783,9 @@ def normalise(text: str) -> str:
 #
 # The trees: ("number", 3/4) ("name", "x") ("word", "Tuesday") ("sum", terms) ("product", factors)
 # ("inverse", a) ("power", a, b) ("call", "sin", arguments) ("degrees", a) ("infinity",) ("reals",)
-# ("unit", a, "cm") ("base", "52", "8") ("ratio", parts) ("list", items) ("set", items)
-# ("tuple", "[)", items) ("union", parts) ("without", a, b) ("matrix", rows)
-# ("relation", "<≤", parts)
+# ("unit", a, "cm") ("base", "52", "8") ("mod", a, b) ("ratio", parts) ("list", items)
+# ("set", items) ("tuple", "[)", items) ("union", parts) ("without", a, b) ("matrix", rows)
+# ("cases", ((value, condition), ...)) ("relation", "<≤", parts)
 
 TOKEN = re.compile(
     r'"[^"]*"'                              # words
@@ -1714,11 +1802,21 @@ GREEK = set(
     r"\Phi \Psi \Omega \ell \hbar".split()
 )
 DECORATIONS = set(r"\hat \bar \tilde \dot \ddot \overline \widehat \vec".split())
-COMMANDS = {"\\" + name for name in FUNCTIONS} | set(
+LARGE = set(r"\sum \prod \int \iint \iiint \oint \lim".split())
+COMMANDS = LARGE | {"\\" + name for name in FUNCTIONS} | set(
     r"\frac \binom \sqrt \lfloor \lceil \matrix".split()
 )
-RELATIONS = "=<>≤≥≠∈"
+RELATIONS = "=<>≤≥≠∈≡"
 ITEM_ENDS = {"", ",", ";", "(", ")", "[", "]", r"\{", r"\}", "|", *RELATIONS}
+# f(x), \rho_1(r), f^{-1}(2), P(A∩B), "rank"(A), \det A on the left of a sign, token by token.
+LETTER = "(?:[A-Za-z]|" + "|".join(re.escape(name) for name in sorted(GREEK)) + ")"
+FUNCTION_LABEL = re.compile(
+    "("
+    + LETTER + r"(?: ')*(?: _ \w| _ \{ \w+ \})?(?: \^ \{ - 1 \})? \( [\\\w]+(?: , [\\\w]+)* \)"
+    r"|[PE] \( [^()]+ \)"
+    r'|(?:"[A-Za-z]+"|\\det|\\nabla) (?:\( \w+ \)|[A-Za-z]|\\vec \{ \w \})'
+    f") [{RELATIONS}]"
+)
 MINUS_ONE = ("number", Fraction(-1))
 INFINITY = ("infinity",)
 SPECIAL_TREES = {
@@ -1750,6 +1848,8 @@ def tokenize(text: str) -> list[str]:
             tokens.extend(token)  # \frac12 is \frac{1}{2}
         else:
             tokens.append(token)
+    if "C" not in tokens and len(tokens) > 3:  # a constant is c or C; (c) is not (C)
+        tokens = ["C" if token == "c" else token for token in tokens]
     return tokens
 
 
@@ -1805,30 +1905,33 @@ class Parser:
         while self.peek() and self.peek() in RELATIONS:
             signs += self.take()
             parts.append(self.parse_part())
+        has_heading = parts[0][0] == "word" and signs[:1] == "=" and len(signs) > 1
+        if has_heading and MODIFIERS.isdisjoint(parts[0][1].lower().split()):
+            signs = signs[1:]  # "asymptote" = (y=2)
+            parts = parts[1:]
         return ("relation", signs, tuple(parts)) if signs else parts[0]
 
     def parse_part(self) -> tuple:
         """Words, or a formula or ratio with or without a unit."""
-        if self.peek().startswith('"') and self.peek(1) in ITEM_ENDS:
-            return read_word(self.take())
         label = self.parse_function_label()
         if label:
             return label
+        if self.peek().startswith('"') and self.peek(1) in ITEM_ENDS:
+            return read_word(self.take())
         parts = [self.parse_union()]
         while self.peek() == ":":
             self.take()
             parts.append(self.parse_union())
         part = joined("ratio", parts)
+        if self.peek() == r"\mod":
+            self.take()
+            return ("mod", part, self.parse_argument())
         return self.parse_unit(part) if self.peek().startswith('"') else part
 
     def parse_function_label(self) -> tuple | None:
-        """f(x), f^{-1}(2) or P(A∩B) on the left of a sign: one name."""
+        """f(x), f^{-1}(2), P(A∩B) or \\det A on the left of a sign: one name."""
         text = " ".join(self.tokens[self.place:self.place + 20])
-        found = re.match(
-            r"((?:[A-Za-z](?: ')*(?: _ \w| _ \{ \w+ \})?(?: \^ \{ - 1 \})? \( \w+(?: , \w+)* \))"
-            r"|P \( [^()=]+ \)) [=<>≤≥≠∈]",
-            text,
-        )
+        found = FUNCTION_LABEL.match(text)
         if found is None:
             return None
         self.place += len(found[1].split())
@@ -1866,7 +1969,7 @@ class Parser:
         terms = [self.parse_term()]
         while self.peek() in ("+", "-", "±", "∓") and not self.at_set_difference():
             terms.append(self.parse_term())
-        return joined("sum", terms)
+        return summed(terms)
 
     def at_set_difference(self) -> bool:
         r"""The minus sign of R-\{0\}."""
@@ -1886,7 +1989,7 @@ class Parser:
 
     def parse_product(self) -> tuple:
         factors = [self.parse_power()]
-        while self.peek() in ("*", "×", "/") or self.at_factor():
+        while self.peek() in ("*", "×", "/") or self.at_factor(factors[-1]):
             sign = self.take() if self.peek() in ("*", "×", "/") else ""
             factor = self.parse_term_factor() if sign else self.parse_power()
             if sign == "/":
@@ -1897,7 +2000,7 @@ class Parser:
                 factors = [("sum", (factors[0], factor))]
             else:
                 factors.append(factor)
-        return joined("product", factors)
+        return scaled(factors)
 
     def parse_term_factor(self) -> tuple:
         """The factor behind * or /, which may have a sign: 13*-2."""
@@ -1906,9 +2009,13 @@ class Parser:
             return negative(self.parse_power())
         return self.parse_power()
 
-    def at_factor(self) -> bool:
-        """Does another factor follow side by side? A number never does: "2 3" is no product."""
+    def at_factor(self, before: tuple) -> bool:
+        """Does another factor follow this one side by side? "2 3" is no product: a number follows
+        only in (n-1)4 and 3!7!."""
         token = self.peek()
+        if re.match(r"\.?\d", token, re.ASCII):
+            sign = self.tokens[self.place - 1]
+            return sign == "!" or (sign == ")" and variables(before) != set())
         if token == "|":
             return not self.in_bars
         if token.startswith('"'):
@@ -1950,6 +2057,8 @@ class Parser:
             atom = self.parse_absolute_value()
         elif re.match(r"\.?\d", token, re.ASCII):
             atom = read_number(self.take())
+        elif token.startswith('"') and self.peek(1) == "_":
+            atom = ("name", self.take().strip('"') + self.take() + self.raw_group())
         elif is_symbol(token):
             atom = read_letters(self.take())
         elif is_letters(token) or token in GREEK or token in DECORATIONS:
@@ -1971,6 +2080,9 @@ class Parser:
         if len(items) > 1:
             return ("tuple", brackets, items)
         stands_alone = before in ITEM_ENDS and self.peek() in ITEM_ENDS
+        is_term = {before, self.peek()} <= {*ITEM_ENDS, "+", "-"}
+        if brackets == "[]" and is_term and not stands_alone and items[0][0] != "sum":
+            return ("call", "floor", items)  # [n/2]+1: as brackets they would be idle
         if brackets in ("(]", "[)") or (brackets == "[]" and stands_alone):
             raise Unreadable("half an interval, or [x], which may be a floor")
         return items[0]
@@ -1988,9 +2100,11 @@ class Parser:
             self.place += 4 if condition[1] else 2
         items = self.parse_items(both_signs=True)
         self.take(r"\}")
-        if is_condition and len(items) > 1:
+        if not is_condition:
+            return ("set", items)
+        if len(items) > 1 and any(item[:2] != ("relation", "≠") for item in items):
             raise Unreadable("several conditions")
-        return items[0] if is_condition else ("set", items)
+        return joined("list", items)
 
     def parse_absolute_value(self) -> tuple:
         self.take("|")
@@ -2022,14 +2136,17 @@ class Parser:
 
     def raw_group(self) -> str:
         """The text of {...} or of one token."""
-        text = self.take()
-        if text != "{":
-            return text
+        token = self.take()
+        if token != "{":
+            return token
         text = ""
-        while self.peek() != "}":
-            text += self.take().strip('"')
-        self.take("}")
-        return text
+        depth = 1
+        while True:
+            token = self.take()
+            depth += (token == "{") - (token == "}")
+            if depth == 0:
+                return text
+            text += token.strip('"')
 
     def parse_command(self, token: str) -> tuple:
         if token == r"\frac":
@@ -2046,6 +2163,10 @@ class Parser:
             return ("call", "floor" if token == r"\lfloor" else "ceil", (inside,))
         if token == r"\matrix":
             return self.parse_matrix()
+        if token == r"\cases":
+            return self.parse_cases()
+        if token in LARGE:
+            return self.parse_large(token)
         if token.startswith(r"\base("):
             digits, base = token[6:-1].split(";")
             return ("base", digits.lstrip("0"), base)
@@ -2054,6 +2175,13 @@ class Parser:
         if token[1:] in FUNCTIONS:
             return self.parse_function(token[1:])
         raise Unreadable(f"{token} is not known")
+
+    def parse_large(self, token: str) -> tuple:
+        """A sum, integral or limit: some unknown function of what stands behind it. So two are
+        equal if their bounds are spelled alike and their terms are equal."""
+        while self.peek() in ("_", "^"):
+            token += self.take() + self.raw_group()
+        return ("call", token, (self.parse_product(),))
 
     def parse_root(self) -> tuple:
         index = ("number", Fraction(2))
@@ -2073,6 +2201,17 @@ class Parser:
                 rows.append([self.parse_sum()])
         self.take(")")
         return ("matrix", tuple(map(tuple, rows)))
+
+    def parse_cases(self) -> tuple:
+        r"""\cases(value&condition;value&condition)."""
+        separator = self.take("(")
+        cases = []
+        while separator != ")":
+            value = self.parse_sum()
+            self.take("&")
+            cases.append((value, self.parse_relation()))
+            separator = self.take(";", ")")
+        return ("cases", tuple(cases))
 
     def parse_function(self, name: str) -> tuple:
         r"""\sin x, \sin^2 x, \tan^{-1} x, \log_2 8, \max(a,b)."""
@@ -2097,7 +2236,7 @@ class Parser:
         if self.peek() == r"\{":
             return self.parse_set()[1]
         factors = [self.parse_power()]
-        while self.at_factor() and self.peek()[1:] not in FUNCTIONS:
+        while self.at_factor(factors[-1]) and self.peek()[1:] not in FUNCTIONS:
             if self.peek() in ("(", "[") and factors[-1][0] != "number":
                 break
             factors.append(self.parse_power())
@@ -2112,7 +2251,47 @@ def joined(kind: str, parts: Sequence) -> tuple:
 def negative(tree: tuple) -> tuple:
     if tree[0] == "number":
         return ("number", -tree[1])
-    return ("product", (MINUS_ONE, tree))
+    return scaled([MINUS_ONE, tree])
+
+
+def rows_of(tree: tuple) -> tuple | None:
+    """Entries of a matrix by rows; a point is one row."""
+    if tree[0] == "tuple" and tree[1] == "()":
+        return (tree[2],)
+    return tree[1] if tree[0] == "matrix" else None
+
+
+def with_rows(tree: tuple, rows: list[tuple]) -> tuple:
+    """A matrix or a point like this one with other entries."""
+    return ("matrix", tuple(rows)) if tree[0] == "matrix" else ("tuple", "()", rows[0])
+
+
+def scaled(factors: list[tuple]) -> tuple:
+    """A product; t(1,2) is (1t,2t), and so is a matrix."""
+    vectors = [factor for factor in factors if rows_of(factor) is not None]
+    if len(factors) == 1 or len(vectors) != 1:
+        return joined("product", factors)
+    place = factors.index(vectors[0])
+    before = tuple(factors[:place])
+    behind = tuple(factors[place + 1:])
+    rows = []
+    for row in rows_of(vectors[0]):
+        rows.append(tuple(("product", (*before, entry, *behind)) for entry in row))
+    return with_rows(vectors[0], rows)
+
+
+def summed(terms: list[tuple]) -> tuple:
+    """A sum; (1,2)+(t,3) is (1+t,2+3), and so are matrices of one shape."""
+    shapes = set()
+    for term in terms:
+        rows = rows_of(term)
+        shapes.add(None if rows is None else (term[0], *map(len, rows)))
+    if len(terms) == 1 or None in shapes or len(shapes) > 1:
+        return joined("sum", terms)
+    rows = []
+    for rows_at_place in zip(*map(rows_of, terms)):
+        rows.append(tuple(("sum", entries) for entries in zip(*rows_at_place)))
+    return with_rows(terms[0], rows)
 
 
 def read_number(token: str) -> tuple:
@@ -2241,7 +2420,7 @@ def exact_root(value: Fraction, degree: int) -> Fraction | None:
     return Fraction(roots[0], roots[1])
 
 
-def small_integer(value: Number, largest: int = 300) -> int:
+def small_integer(value: Number, largest: int = 3000) -> int:
     if not isinstance(value, Fraction) or value.denominator != 1 or abs(value) > largest:
         raise Unreadable("not a small whole number")
     return int(value)
@@ -2249,8 +2428,11 @@ def small_integer(value: Number, largest: int = 300) -> int:
 
 def binomial(n: Number, k: Number) -> Number:
     """n may be any number: n(n-1)...(n-k+1)/k!."""
+    k = small_integer(k)
+    if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 3000 and k >= 0:
+        return Fraction(math.comb(int(n), k))
     result = Fraction(1)
-    for step in range(small_integer(k)):
+    for step in range(small_integer(Fraction(k), 300)):
         result = result * (n - step) / (step + 1)
     return result
 
@@ -2279,6 +2461,7 @@ CALLS = {
     "cosh": cmath.cosh,
     "tanh": cmath.tanh,
     "exp": cmath.exp,
+    "cis": lambda x: cmath.exp(1j * x),
     "ln": cmath.log,
     "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
     "root": lambda x, index=2: power(x, 1 / index),
@@ -2294,15 +2477,15 @@ CALLS = {
     "lcm": lambda *values: common(math.lcm, values),
 }
 CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j}
-POINTS = 12
+POINTS = 13
 
 
 def point_value(name: str, point: int) -> Number:
     """Value of a name at a point. It depends on the name alone, so that other names may cancel.
 
-    Points 0 to 3 are whole numbers, 4 and 5 lie between 0 and 1, the others are fractions of both
-    signs. Parity and sign are bits of the letter's number: at some point those of two letters
-    differ, and (-1)^m is not (-1)^n.
+    Points 0 to 3 are whole numbers, 4 and 5 lie between 0 and 1, 12 has many divisors (for gcd),
+    the others are fractions of both signs. Parity and sign are bits of the letter's number: at some
+    point those of two letters differ, and (-1)^m is not (-1)^n.
     """
     if name in CONSTANTS:
         return CONSTANTS[name]
@@ -2315,6 +2498,8 @@ def point_value(name: str, point: int) -> Number:
         return Fraction(2 * halves[point] + bit)
     if point < 6:
         return Fraction(1 + mixed % 95, 97)
+    if point == 12:
+        return Fraction(840 * (1 + letter % 5))
     size = Fraction(1 + mixed % 300, 97)
     return -size if bit or point == 11 else size
 
@@ -2485,14 +2670,18 @@ def is_real(value: Number | None) -> bool:
 
 
 def region_of_parts(parts: tuple) -> list | None:
-    """The union of the parts; x≠1, x≠2 leave out both points."""
+    """The union of the parts, without the points that others such as x≠1 leave out."""
     regions = list(map(region, parts))
     if None in regions or len(set().union(*map(variables, parts))) > 1:
         return None
-    if all(part[0] == "relation" and part[1] == "≠" for part in parts):
-        points = [side for part in parts for side in part[2] if not variables(side)]
-        return without_points(REAL_LINE, region(("set", tuple(points))))
-    return [piece for part in regions for piece in part]
+    pieces = []
+    points = []
+    for part, part_region in zip(parts, regions):
+        if part[:2] == ("relation", "≠"):
+            points += [side for side in part[2] if not variables(side)]
+        else:
+            pieces += part_region
+    return without_points(pieces or REAL_LINE, region(("set", tuple(points))))
 
 
 def without_points(pieces: list | None, points: list | None) -> list | None:
@@ -2517,7 +2706,14 @@ def region_of_relation(signs: str, parts: tuple) -> list | None:
     if set(signs) <= {">", "≥"}:
         signs = signs[::-1].replace(">", "<").replace("≥", "≤")
         parts = parts[::-1]
-    is_name = [part[0] == "name" and part[1] not in CONSTANTS for part in parts]
+    if len(parts) == 2 and set(signs) <= {"<", "≤"}:
+        left, right = parts
+        if left[:2] == ("call", "abs"):  # |x|<3 is -3<x<3
+            return region_of_relation(signs * 2, (negative(right), left[2][0], right))
+        if right[:2] == ("call", "abs"):  # 2<|x| is x<-2 or 2<x
+            below = ("relation", signs, (right[2][0], negative(left)))
+            return region_of_parts((below, ("relation", signs, (left, right[2][0]))))
+    is_name = [is_variable(part) for part in parts]
     if sum(is_name) != 1:
         return None
     if signs == "∈":
@@ -2545,9 +2741,27 @@ def same_region(a: tuple, b: tuple) -> bool | None:
         return None
     if variables(a) and variables(b) and variables(a) != variables(b):
         return False
-    ends_one = [end for piece in sorted(one) for end in piece]
-    ends_other = [end for piece in sorted(other) for end in piece]
+    one = merged(one)
+    other = merged(other)
+    ends_one = [end for piece in one for end in piece]
+    ends_other = [end for piece in other for end in piece]
     return len(one) == len(other) and all(map(same_end, ends_one, ends_other))
+
+
+def merged(pieces: list) -> list:
+    """In order, those that touch or overlap joined: (-1,1) and [1,3) are (-1,3)."""
+    result = []
+    for low, high in sorted(pieces):
+        if result:
+            first, last = result[-1]
+            touch = low[0] == last[0] and (low[1] or last[1])
+            if low[0] < last[0] or touch:
+                if low[0] == first[0]:
+                    first = max(first, low)
+                result[-1] = (first, max(last, high))
+                continue
+        result.append((low, high))
+    return result
 
 
 def same_end(a: tuple, b: tuple) -> bool:
@@ -2571,7 +2785,11 @@ def label_of(tree: tuple) -> str:
     if value[0] != "set" and variables(label) & variables(value):
         return ""
     if label[0] == "tuple":
-        is_label = all(map(is_variable, label[2])) and value[0] in ("tuple", "matrix")
+        is_label = is_point_of_names(label) and value[0] in ("tuple", "matrix")
+    elif label[0] in ("set", "union"):
+        is_label = all(map(is_variable, label[1])) and value[0] == "set"  # A∪B=\{1,2\}
+    elif value[0] == "matrix":
+        is_label = is_power_of_name(label)  # A^{-1}
     elif not variables(label).isdisjoint({"x", "y", "z"}) and label[0] != "name":
         is_label = False  # m+n=17 names a number, but x+y=5 is a line
     elif label[0] == "sum":
@@ -2585,6 +2803,14 @@ def label_of(tree: tuple) -> str:
 
 def is_variable(tree: tuple) -> bool:
     return tree[0] == "name" and tree[1] not in CONSTANTS
+
+
+def is_point_of_names(tree: tuple) -> bool:
+    """(m,n), (x,y), but not (y,x): a bare point is taken for (x,y)."""
+    if not all(map(is_variable, tree[2])):
+        return False
+    coordinates = [name for _, name in tree[2] if name in ("x", "y", "z")]
+    return coordinates == sorted(coordinates)
 
 
 def is_power_of_name(tree: tuple) -> bool:
@@ -2601,6 +2827,8 @@ def without_label(tree: tuple) -> tuple | None:
     """5 of x=5, of x=10/2=5 and of 2+3=5; None where nothing may be left out."""
     parts = tree[2]
     value = parts[-1]
+    if tree[1] == "≡" and is_variable(parts[0]) and value[0] == "mod":
+        return value[1]
     is_equation = set(tree[1]) <= {"=", "∈"}
     if not is_equation or not all(same_value(part, value) for part in parts[1:-1]):
         return None
@@ -2641,10 +2869,19 @@ def same_tree(a: tuple, b: tuple) -> bool:
     if "unit" in kinds:
         unit, other = in_order(a, b, "unit")
         if other[0] == "unit":
-            return unit[2] == other[2] and same_tree(unit[1], other[1])
+            return same_unit(unit[2], other[2]) and same_tree(unit[1], other[1])
+        if other[0] == "degrees" and unit[1][0] != "degrees":
+            return unit[2] == "rad" and same_value(unit[1], other)
         return same_tree(unit[1], other)
     if kinds & {"tuple", "matrix"}:
-        return same_entries(a, b)
+        return same_entries(a, b) or same_written_out(a, b)
+    if kinds == {"cases"}:
+        return match_all(a[1], b[1], all_same)
+    if "mod" in kinds:
+        return a[0] == b[0] and same_residue(a, b)
+    if kinds == {"name"}:
+        names = {a[1], b[1]}
+        return len(names) == 1 or {name.partition("(")[0] for name in names} < names  # y(x) and y
     if kinds in ({"union"}, {"ratio"}):
         return all_same(a[1], b[1])
     if "base" in kinds:
@@ -2657,6 +2894,17 @@ def same_tree(a: tuple, b: tuple) -> bool:
 def in_order(a: tuple, b: tuple, kind: str) -> tuple[tuple, tuple]:
     """The tree of this kind first."""
     return (a, b) if a[0] == kind else (b, a)
+
+
+def same_unit(a: str, b: str) -> bool:
+    r"""A sign of money may be any currency, and what a price is for may be left out: \$18 is 18
+    "dollars per hour"."""
+    currency_a, _, good_a = a.partition("/")
+    currency_b, _, good_b = b.partition("/")
+    if a == b or not {currency_a, currency_b} <= {"dollar", "euro", "money"}:
+        return a == b
+    same_currency = currency_a == currency_b or "money" in (currency_a, currency_b)
+    return same_currency and (good_a == good_b or "" in (good_a, good_b))
 
 
 def all_same(a: tuple, b: tuple) -> bool:
@@ -2694,6 +2942,29 @@ def same_entries(a: tuple, b: tuple) -> bool:
     return one != () and all_same(one, other)
 
 
+def same_written_out(a: tuple, b: tuple) -> bool:
+    r"""(2,-1,3) and 2i-j+3k; {2n \atop n} in brackets and \binom{2n}{n}."""
+    vector, other = (a, b) if a[0] in ("tuple", "matrix") else (b, a)
+    values = entries(vector)
+    if other[0] not in ("sum", "product", "call") or len(values) not in (2, 3):
+        return False
+    units = [("name", letter) for letter in "ijk"]
+    in_units = ("sum", tuple(("product", pair) for pair in zip(values, units)))
+    above_below = ("call", "binomial", values)
+    is_column = vector[0] == "matrix" and len(vector[1]) == 2
+    return same_value(in_units, other) or (is_column and same_value(above_below, other))
+
+
+def same_residue(a: tuple, b: tuple) -> bool:
+    """3 mod 7 and 10 mod 7."""
+    if not same_tree(a[2], b[2]):
+        return False
+    difference = ("sum", (a[1], negative(b[1])))
+    quotient = constant_value(("product", (difference, ("inverse", a[2]))))
+    is_whole = isinstance(quotient, Fraction) and quotient.denominator == 1
+    return is_whole or same_tree(a[1], b[1])
+
+
 def entries(tree: tuple) -> tuple:
     """Entries of a point, a column or a row; () for anything else."""
     if tree[0] == "tuple" and tree[1] == "()":
@@ -2708,8 +2979,8 @@ def entries(tree: tuple) -> tuple:
 
 def same_items(a: tuple, b: tuple) -> bool:
     """Lists and sets without order, each item once; named items and bare ones in order."""
-    one = a[1] if a[0] in ("list", "set") else (a,)
-    other = b[1] if b[0] in ("list", "set") else (b,)
+    one = items_of(a)
+    other = items_of(b)
     if len(one) != len(other):
         return same_named_point(one, b) or same_named_point(other, a)
     labels_one = set(map(item_label, one))
@@ -2718,6 +2989,19 @@ def same_items(a: tuple, b: tuple) -> bool:
         has_units = any(item[0] == "unit" for item in one + other)
         return has_units and all_same(one, other)  # 8 chickens and 5 rabbits: 8, 5
     return match_all(one, other, same_item)
+
+
+def items_of(tree: tuple) -> tuple:
+    """Items of a list or set; (x,y)=(2,3) is x=2,y=3."""
+    if tree[0] in ("list", "set"):
+        return tree[1]
+    if tree[:2] != ("relation", "="):
+        return (tree,)
+    names = tree[2][0]
+    values = tree[2][-1]
+    if names[0] != "tuple" or values[0] != "tuple" or len(names[2]) != len(values[2]):
+        return (tree,)
+    return tuple(("relation", "=", pair) for pair in zip(names[2], values[2]))
 
 
 def match_all(one: Sequence, other: Sequence, is_same: Callable) -> bool:
@@ -2783,10 +3067,12 @@ def same_step(a: tuple, b: tuple) -> bool:
 CONDITION = re.compile(
     r'^(?P<formula>.*?[^,;(\s])[,;(\s]*'
     r'(?P<condition>"(?:for|where|with|when|if|provided|such that|given)\b.*'
-    r'|(?<=[,;\s])[a-zA-Z] ?∈ ?\\(?:mathbb|reals).*|(?<=\()[a-zA-Z] ?[<>≤≥≠][^()]*\))$'
+    r'|(?<=[,;(] )[a-zA-Z] *"(?:is )?(?:an?|any|arbitrary)? ?(?:integer|real|number|constant)s?".*'
+    r'|(?<=[,;\s(])[a-zA-Z] ?∈ ?(?:\\mathbb|\\reals|[ZNRQ]\b).*'
+    r'|(?<=\()[a-zA-Z] ?[<>≤≥≠][^()]*\))$'
 )
 CONDITION_WORDS = re.compile(
-    r"[=<>≤≥≠∈]|\b(?:integers?|real|constants?|numbers?|arbitrary|positive)\b"
+    r"[=<>≤≥≠∈]|\b(?:integers?|real|constants?|numbers?|arbitrary|positive|primes?|rational)\b"
     r'|\b(?:all|any|every|each|some)[" ]+[a-zA-Z]\b'
 )
 CHOICE = re.compile(
@@ -2801,9 +3087,37 @@ def split_condition(text: str) -> tuple[str, str]:
     if found is None or not CONDITION_WORDS.search(found["condition"]):
         return text, ""
     first_word = found["condition"].split()[0]
-    if "otherwise" in text or text.count(first_word) > 1:
+    if "otherwise" in text or (first_word[0] == '"' and text.count(first_word) > 1):
         return text, ""  # several cases
     return found["formula"], found["condition"]
+
+
+FILLERS = set(
+    "for all any every each where with when if is are be a an the some such that provided given "
+    'numbers number values value ∈ , ; . ( ) { } "'.split()
+)
+NUMBER_SETS = {
+    "integer": "Z", "integers": "Z", "real": "R", "reals": "R", "natural": "N", r"\reals": "R",
+    r"\mathbb{Z}": "Z", r"\mathbb{N}": "N",
+}
+
+
+def meaning(condition: str) -> tuple:
+    """for integers k, k any integer and k∈Z are all ("Z", "k")."""
+    tokens = []
+    for token in re.findall(r"\\mathbb\{\w\}|\\?[A-Za-z]+|\S", condition):
+        if token not in FILLERS:
+            tokens.append(NUMBER_SETS.get(token, token))
+    return tuple(sorted(tokens) if {"Z", "R", "N"} & set(tokens) else tokens)
+
+
+def with_common_parameter(formula: str, condition: str) -> tuple[str, str]:
+    """πn, n∈Z -> πk, k∈Z: the only letter of a condition has any name."""
+    letters = set(re.findall(r"(?<![A-Za-z\\])[b-z](?![A-Za-z])", condition))
+    if len(letters) != 1 or "k" in letters or re.search(r"(?<![A-Za-z\\])k", formula):
+        return formula, condition
+    letter = r"(?<![A-Za-z\\])" + letters.pop() + r"(?![A-Za-z])"
+    return re.sub(letter, "k", formula), re.sub(letter, "k", condition)
 
 
 def split_choice(text: str) -> list[str]:
@@ -2833,8 +3147,11 @@ def is_equiv(a: str, b: str) -> bool:
         return a.strip() == b.strip()
     a, condition_a = split_condition(normalise(a))
     b, condition_b = split_condition(normalise(b))
-    if condition_a and condition_b and plain_text(condition_a) != plain_text(condition_b):
-        return False
+    if condition_a and condition_b:
+        a, condition_a = with_common_parameter(a, condition_a)
+        b, condition_b = with_common_parameter(b, condition_b)
+        if meaning(condition_a) != meaning(condition_b):
+            return False
     parts_a = split_choice(a)
     parts_b = split_choice(b)
     if len(parts_a) == len(parts_b):
