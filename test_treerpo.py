@@ -1916,6 +1916,8 @@ EQUAL = {
     ],
     "parameters and constants": [
         ("y=c_1e^x+c_2e^{-x}", "y=C_1e^{x}+C_2e^{-x}"), (r"\sin x+c", r"C+\sin x"),
+        (r"\sin^2 x+C", r"C-\frac12\cos 2x"), (r"\ln|2x|+C", r"\ln|x|+c"),
+        (r"\frac{\pi}{4}+k\pi", r"\frac{\pi}{4}+n\pi"), (r"x=\pi k,k\in\mathbb{Z}", r"n\pi"),
         (r"\mathrm{C}_{1}x", "c_1x"), ("y(x)=x^2", "y=x^2"), (r"\rho(r)=\frac{1}{r}", r"\frac1r"),
         (r"\pi k, k \in \mathbb{Z}", r"n\pi, n\in\mathbb Z"),
         (r"$x=2\pi k$ for integers $k$", r"x=2\pi n, n\in Z"),
@@ -1925,7 +1927,7 @@ EQUAL = {
         ("Vertex $(2,-3)$", "(2,-3)"), ("axis: $x=2$", "x=2"), ("$7$ meters", r"7\text{ m}"),
         ("width $=7$ meters", "7"), (r"$5.2\times 10^{-3}$ J", "0.0052"), ("$x=2$ or $x=3$", "2, 3"),
         (r"\operatorname{rank}(A)=2", "2"), (r"\det A=-14", "-14"),
-        ("$x=5$ (multiplicity 2)", "5"),
+        ("$x=5$ (multiplicity 2)", "5"), ("The area is $24$ square units", "24"),
     ],
     "congruences, cases, sums": [
         (r"x\equiv 3\pmod{7}", "3"), (r"x\equiv 3\pmod 7", r"x\equiv 10(\bmod 7)"),
@@ -1933,6 +1935,9 @@ EQUAL = {
          r"\left\{\begin{array}{ll}2x,&x>0\\x^2,&x\leq 0\end{array}\right."),
         (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "x=1, y=2"),
         (r"\sum_{k=1}^{n}(k+1)^2", r"\sum_{k=1}^n (k^2+2k+1)"),
+        (r"\sum_{k=0}^{\infty}\frac{x^k}{k!}", r"\sum_{n=0}^{\infty} \frac{x^{n}}{n !}"),
+        ("7!!", "105"), (r"{2 \over 3}", r"\frac23"),
+        (r"\begin{aligned}x&=1\\y&=2\end{aligned}", "x=1,y=2"),
         (r"\int_{0}^{1}(x+x)\,dx", r"\int_0^1 2x dx"), (r"\sqrt2\operatorname{cis}45^\circ", "1+i"),
         (r"\frac{10!}{3!7!}", "120"), (r"{10 \choose 4}", "210"), ("3+(n-1)4", "4n-1"),
         (r"[n/2]+1", r"\lfloor n/2\rfloor+1"), (r"\binom{2018}{1009}", r"\frac{2018!}{1009!^2}"),
@@ -2347,10 +2352,12 @@ DIFFERENT = {
     "parameters and constants": [
         (r"\pi k, k\in\mathbb{Z}", r"\pi k, k\in\mathbb{N}"), ("mc^2+C", "mC^2+C"),
         (r"x=2\pi k, k\in\mathbb{Z}", r"x=\pi k, k\in\mathbb{Z}"),
-        ("k^2, k>1", "k^2, k>2"), ("f(2)=3", "f(3)=3"), ("y_1=x", "y_2=x"),
+        ("k^2, k>1", "k^2, k>2"), ("a+b+c", "a+b+c+1"), ("x^2+C", "2x+C"), ("x^2+C", "x^2"),
+        ("3x+C", "3x+2C"), (r"\sum_{k=1}^{9} k^2", r"\sum_{k=1}^{9} n^2"), ("f(2)=3", "f(3)=3"), ("y_1=x", "y_2=x"),
     ],
     "words outside of dollars": [
-        ("twice $5$", "5"), ("not $5$", "5"), ("about $5$", "5"), ("all but $5$", "5"),
+        ("twice $5$", "5"), ("At least: $5$", "5"), ("at most $5$", "5"),
+        ("reciprocal: $5$", "5"), ("(3!)!", "3!!"), ("7!!", "5040"), ("not $5$", "5"), ("about $5$", "5"), ("all but $5$", "5"),
         ("$5$ or less", "5"), ("$5$ squared", "5"), ("axis $x=2$", "y=2"),
         (r"\operatorname{rank}(A)=2", r"\operatorname{rank}(B)=2"),
     ],
@@ -3002,6 +3009,8 @@ def test_extract_boxed():
         (r"\boxed{5}. It is inside \boxed{} as asked.", "5"), (r"\bboxed{5}", None),
         (r"\boxed{5} \boxed{ } \boxed{}", "5"), (r"\ boxed{5}", None),
         (r"\boxed{5}<|im_end|>", "5"),
+        (r"\boxed{5} and \boxed{6}", "5, 6"), (r"$\boxed{5}$, $\boxed{6}$, or $\boxed{7}$.", "5, 6, 7"),
+        (r"\boxed{5}, so \boxed{6}", "6"), (r"\boxed{5, \boxed{6}", "6"),
     ]:
         assert extract_boxed(text) == content, text
 
@@ -3014,8 +3023,9 @@ def test_reward_fn():
         (r"\boxed{7}", ["5", "6"], 0), (r"\boxed{5 \text{ or } 6}", "6, 5", 1),
         (r"\boxed{}", "", 0),
         (r"\boxed{\frac12}", r"Thus $x = \boxed{0.5}$.", 1), (r"\boxed{6}", (5, 6), 1),
-        (r"\boxed{2}", r"\boxed{1} and \boxed{2}", 1),
-        (r"\boxed{1}", r"\boxed{1} and \boxed{2}", 0),
+        (r"\boxed{2}", r"first \boxed{1}, then \boxed{2}", 1),
+        (r"\boxed{1}", r"first \boxed{1}, then \boxed{2}", 0),
+        (r"\boxed{2,1}", r"\boxed{1} and \boxed{2}", 1), (r"\boxed{2} or \boxed{1}", "1", 0),
         (r"\boxed{5}", [], 0), (r"\boxed{5} \boxed{", "5", 0), (r"\boxed{ }", " ", 0),
         (r"\boxed{\frac10}", r"\frac10", 1), (r"\boxed{x}", r"\boxed{", 0), ("", r"\boxed{5}", 0),
     ]:

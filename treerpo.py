@@ -1376,25 +1376,36 @@ class Unreadable(Exception):
 # -- Step 1: extract the box
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+JOINT = re.compile(r"\}[\s$]*(?:,|;|,? *(?:and|or)|\\text *\{ *(?:and|or) *\})[\s$]*$")
 
 
 def extract_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5. [ours]
 
     None without a box or if the last one is not closed. An empty box behind another one only
-    mentions the word, as in "\boxed{5}, inside \boxed{} as asked": it is passed over.
+    mentions the word, as in "\boxed{5}, inside \boxed{} as asked": it is passed over. Boxes with
+    nothing but a comma or "and" between them are a list: "\boxed{5} and \boxed{6}" is 5, 6.
     """
-    content = None
-    end = len(text)
+    start, content = last_box(text, len(text))
     for _ in range(5):
-        end = max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end))
-        box = BOX.match(text, end) if end >= 0 else None
-        if box is None:
-            return content
-        content = read_box(text, box.end())
         if content is None or content.strip():
-            return content
-    return content
+            break
+        start, earlier = last_box(text, start)
+        if earlier is None:
+            break
+        content = earlier
+    contents = [content]
+    while len(contents) < MAX_ITEMS and contents[0] and JOINT.search(text, max(0, start - 40), start):
+        start, earlier = last_box(text, start)
+        contents.insert(0, earlier)
+    return ", ".join(filter(None, contents)) if content else content
+
+
+def last_box(text: str, end: int) -> tuple[int, str | None]:
+    """Where the last box before `end` starts, and its content (None: no box, or not closed)."""
+    start = max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end))
+    box = BOX.match(text, start) if start >= 0 else None
+    return (start, read_box(text, box.end())) if box else (0, None)
 
 
 def read_box(text: str, start: int) -> str | None:
@@ -1492,7 +1503,7 @@ NUMBER_WORDS = """
 MODIFIERS = {"half", "third", "quarter", *NUMBER_WORDS} | set("""
     squared cubed factorial inverse prime plus minus time over less more than fewer by is was not
     no or and mod root power sum multiple opposite negative repeat double triple score to the wrong
-    maybe perhaps approximately about except but twice
+    maybe perhaps approximately about except but twice thrice at reciprocal
     hundred thousand million billion trillion dozen halve
     fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth digit
 """.split())
@@ -1534,7 +1545,7 @@ def unit_name(phrase: str) -> str | None:
 
 VERTICAL = re.compile(
     r"(?P<open>(?:\\left *)?(?:[(\[]|\\\{) *)?"
-    r"\\begin *\{(?P<name>[bBp]?matrix|smallmatrix|array|cases)\} *(?:\{[lcr| ]*\})?"
+    r"\\begin *\{(?P<name>[bBp]?matrix|smallmatrix|array|cases|aligned)\} *(?:\{[lcr| ]*\})?"
     r"(?P<body>.*?)\\end *\{(?P=name)\}"
     r"(?P<close> *(?:\\right *)?[)\].])?",
     re.DOTALL,
@@ -1551,6 +1562,8 @@ def write_rows(found: re.Match) -> str:
     rows = [row.strip() for row in re.split(r"\\\\(?: *\[[^\]]*\])?", body)]
     rows = [row for row in rows if row]
     opening = found["open"] or ""
+    if found["name"] == "aligned":
+        return ",".join(rows).replace("&", "")
     if found["name"] == "cases" or opening.strip().endswith("{"):
         if "&" not in body:
             return ",".join(rows)
@@ -1602,7 +1615,8 @@ def quote_outside(text: str) -> str:
         heading = HEADING.fullmatch(parts[k])
         if heading and k < len(parts) - 1 and NO_HEADING.isdisjoint(heading[2].split()):
             colon = "" if parts[k + 1].lstrip().startswith("=") else ":"
-            parts[k] = heading[1] + r"\text{" + heading[2] + "}" + colon
+            words = heading[2].removeprefix("The ").removesuffix(" is")
+            parts[k] = heading[1] + r"\text{" + words + "}" + colon
         elif len(parts) > 1 and "\\" not in parts[k]:
             parts[k] = re.sub(r"[A-Za-z]+(?:[ -][A-Za-z]+)*", r"\\text{\g<0>}", parts[k])
     return "$".join(parts)
@@ -1729,6 +1743,7 @@ RULES = [
     ("outer brackets",
      r"(?<![\w}])(?P<left>[][])(?P<ends>[^][(),;]+,[^][(),;]+)(?P<right>[][])(?![\w{[])",
      write_interval),
+    ("over", r"\{([^{}]+)\\over(?![A-Za-z])([^{}]+)\}", r"\\frac{\1}{\2}"),    # {2\over 3}
     ("choose", r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}", r"\\binom{\1}{\2}"),  # {n\choose k}
     # 1.2e-3 -> (1.2*10^{-3})
     ("e-form", r"(?<![\w.])(\d*\.?\d+)[eE]([+-]?\d{1,4})(?![\w.])", r"(\1*10^{\2})"),
@@ -1778,7 +1793,7 @@ def normalise(text: str) -> str:
 # union    := sum ("∪" sum)* ("∖" sum)*
 # sum      := ["+" | "-"] product (("+" | "-" | "±" | "∓") product)*
 # product  := power (["*" | "/"] power)*             side by side is a product
-# power    := atom ("!" | "°")* ["^" argument]
+# power    := atom ("!" | "!!" | "°")* ["^" argument]
 # atom     := number | name | bracket | |sum| | \frac.. | \sqrt.. | \sin.. | \matrix..
 #
 # The trees: ("number", 3/4) ("name", "x") ("word", "Tuesday") ("sum", terms) ("product", factors)
@@ -1848,7 +1863,7 @@ def tokenize(text: str) -> list[str]:
             tokens.extend(token)  # \frac12 is \frac{1}{2}
         else:
             tokens.append(token)
-    if "C" not in tokens and len(tokens) > 3:  # a constant is c or C; (c) is not (C)
+    if "C" not in tokens and set(tokens) - {"(", "c", ")"}:  # a constant is c or C; (c) is not (C)
         tokens = ["C" if token == "c" else token for token in tokens]
     return tokens
 
@@ -1862,6 +1877,7 @@ class Parser:
         self.depth = 0
         self.in_bars = False   # inside |...|, where the next bar closes
         self.plus_minus = "+"  # what ± means in this reading
+        self.index_names = []  # of the sums that are being read
 
     def peek(self, ahead: int = 0) -> str:
         place = self.place + ahead
@@ -2027,8 +2043,13 @@ class Parser:
     def parse_power(self) -> tuple:
         base = self.parse_atom()
         while self.peek() in ("!", "°"):
-            is_degree = self.take() == "°"
-            base = ("degrees", base) if is_degree else ("call", "factorial", (base,))
+            if self.take() == "°":
+                base = ("degrees", base)
+            elif self.peek() == "!":
+                self.take()
+                base = ("call", "double factorial", (base,))
+            else:
+                base = ("call", "factorial", (base,))
         if self.peek() != "^":
             return base
         self.take()
@@ -2117,6 +2138,8 @@ class Parser:
     def parse_name(self) -> tuple:
         r"""x, x_1, x_{n+1}, y', \alpha_2, \hat{p}; an unknown function such as f(2x) is a call."""
         name = self.take()
+        if name in self.index_names:
+            return ("name", f"index {self.index_names.index(name)}")
         can_be_function = name.isupper() or name in GREEK
         is_function = name in "fgh" or (can_be_function and not self.at_sum_in_bracket())
         if name in DECORATIONS:
@@ -2181,7 +2204,13 @@ class Parser:
         equal if their bounds are spelled alike and their terms are equal."""
         while self.peek() in ("_", "^"):
             token += self.take() + self.raw_group()
-        return ("call", token, (self.parse_product(),))
+        index = re.search("_([a-z])=", token)
+        if index is None:
+            return ("call", token, (self.parse_product(),))
+        self.index_names.append(index[1])  # k or n, it is the same sum
+        terms = self.parse_product()
+        self.index_names.pop()
+        return ("call", token.replace(index[0], "_index="), (terms,))
 
     def parse_root(self) -> tuple:
         index = ("number", Fraction(2))
@@ -2470,6 +2499,7 @@ CALLS = {
     "floor": lambda x: Fraction(math.floor(x)),
     "ceil": lambda x: Fraction(math.ceil(x)),
     "factorial": lambda n: Fraction(math.factorial(small_integer(n))),
+    "double factorial": lambda n: Fraction(math.prod(range(small_integer(n), 0, -2))),
     "binomial": binomial,
     "max": lambda *values: max(values),
     "min": lambda *values: min(values),
@@ -2888,7 +2918,7 @@ def same_tree(a: tuple, b: tuple) -> bool:
         return same_base(a, b)
     if kinds == {"word"}:
         return a[1].casefold() == b[1].casefold()
-    return same_value(a, b) or same_angle(a, b)
+    return same_value(a, b) or same_angle(a, b) or same_antiderivative(a, b)
 
 
 def in_order(a: tuple, b: tuple, kind: str) -> tuple[tuple, tuple]:
@@ -2916,6 +2946,19 @@ def same_angle(a: tuple, b: tuple) -> bool:
     bare_a = without_degrees(a)
     bare_b = without_degrees(b)
     return (bare_a == a) != (bare_b == b) and same_value(bare_a, bare_b)
+
+
+def same_antiderivative(a: tuple, b: tuple) -> bool:
+    r"""\sin^2 x+C and C-\cos^2 x: their difference is the same at all points."""
+    for tree in (a, b):
+        has_constant = tree[0] == "sum" and ("name", "C") in tree[1]
+        if not has_constant or len(variables(tree)) != 2:
+            return False
+    pairs = list(values_at_points(a, b))
+    if len(pairs) < 3 or variables(a) != variables(b):
+        return False
+    first = pairs[0][0] - pairs[0][1]
+    return all(abs(x - y - first) <= 1e-11 * (abs(x) + abs(y) + 1) for x, y in pairs)
 
 
 def same_base(a: tuple, b: tuple) -> bool:
@@ -3112,8 +3155,11 @@ def meaning(condition: str) -> tuple:
 
 
 def with_common_parameter(formula: str, condition: str) -> tuple[str, str]:
-    """πn, n∈Z -> πk, k∈Z: the only letter of a condition has any name."""
+    """πn, n∈Z -> πk, k∈Z: the only letter of a condition has any name, and so has the n of πn
+    without a condition."""
     letters = set(re.findall(r"(?<![A-Za-z\\])[b-z](?![A-Za-z])", condition))
+    if not condition and ("π" in formula or "°" in formula):
+        letters = set(re.findall(r"(?<![A-Za-z\\])[kmn](?![A-Za-z])", formula))
     if len(letters) != 1 or "k" in letters or re.search(r"(?<![A-Za-z\\])k", formula):
         return formula, condition
     letter = r"(?<![A-Za-z\\])" + letters.pop() + r"(?![A-Za-z])"
@@ -3141,22 +3187,26 @@ def same_text(a: str, b: str) -> bool:
         return False
 
 
-def is_equiv(a: str, b: str) -> bool:
-    """Whether two answers are equal; one that cannot be read equals only the same text. [ours]"""
-    if max(len(a), len(b)) > MAX_CHARS:
-        return a.strip() == b.strip()
-    a, condition_a = split_condition(normalise(a))
-    b, condition_b = split_condition(normalise(b))
-    if condition_a and condition_b:
-        a, condition_a = with_common_parameter(a, condition_a)
-        b, condition_b = with_common_parameter(b, condition_b)
-        if meaning(condition_a) != meaning(condition_b):
-            return False
+def same_answer(a: str, condition_a: str, b: str, condition_b: str) -> bool:
+    """A condition may be left out on one side, and so may a choice letter."""
+    if condition_a and condition_b and meaning(condition_a) != meaning(condition_b):
+        return False
     parts_a = split_choice(a)
     parts_b = split_choice(b)
     if len(parts_a) == len(parts_b):
         return all(map(same_text, parts_a, parts_b))
     return any(same_text(x, y) for x in parts_a for y in parts_b)
+
+
+def is_equiv(a: str, b: str) -> bool:
+    """Whether two answers are equal; one that cannot be read equals only the same text. [ours]"""
+    if max(len(a), len(b)) > MAX_CHARS:
+        return a.strip() == b.strip()
+    answers = (*split_condition(normalise(a)), *split_condition(normalise(b)))
+    if same_answer(*answers):
+        return True
+    renamed = (*with_common_parameter(*answers[:2]), *with_common_parameter(*answers[2:]))
+    return renamed != answers and same_answer(*renamed)
 
 
 def reward_fn(completion: str, answer: str | float | list) -> float:
