@@ -1601,7 +1601,8 @@ def quote_text(found: re.Match) -> str:
     return re.sub(r"[A-Za-z]+(?:[ .'-]+[A-Za-z]+)*", r' "\g<0>"', content)
 
 
-HEADING = re.compile(r"([,;]? *)([A-Za-z]+(?:[ -][A-Za-z]+){0,2}) *:? *")
+# Up to three words in front of a formula, as in "Vertex $(2,-3)$; axis $x=2$".
+HEADING = re.compile(r"(?P<comma>[,;]? *)(?P<words>[A-Za-z]+(?:[ -][A-Za-z]+){0,2}) *:? *")
 NO_HEADING = set("and or for where with if when all any every but than".split())
 
 
@@ -1609,15 +1610,16 @@ def quote_outside(text: str) -> str:
     """Words outside of $...$ are text: $x=k$ for integers $k$. Before it they are a heading:
     Vertex $(2,-3)$ -> "Vertex": $(2,-3)$."""
     parts = re.split(r"(?<!\\)\$", text)
-    if len(parts) % 2 == 0:
+    if len(parts) == 1 or len(parts) % 2 == 0:
         return text
-    for k in range(0, len(parts), 2):
+    last = len(parts) - 1
+    for k in range(0, len(parts), 2):  # every other one lies outside
         heading = HEADING.fullmatch(parts[k])
-        if heading and k < len(parts) - 1 and NO_HEADING.isdisjoint(heading[2].split()):
+        if heading and k < last and NO_HEADING.isdisjoint(heading["words"].split()):
+            words = heading["words"].removeprefix("The ").removesuffix(" is")
             colon = "" if parts[k + 1].lstrip().startswith("=") else ":"
-            words = heading[2].removeprefix("The ").removesuffix(" is")
-            parts[k] = heading[1] + r"\text{" + words + "}" + colon
-        elif len(parts) > 1 and "\\" not in parts[k]:
+            parts[k] = heading["comma"] + r"\text{" + words + "}" + colon
+        elif "\\" not in parts[k]:
             parts[k] = re.sub(r"[A-Za-z]+(?:[ -][A-Za-z]+)*", r"\\text{\g<0>}", parts[k])
     return "$".join(parts)
 
@@ -1824,10 +1826,10 @@ COMMANDS = LARGE | {"\\" + name for name in FUNCTIONS} | set(
 RELATIONS = "=<>≤≥≠∈≡"
 ITEM_ENDS = {"", ",", ";", "(", ")", "[", "]", r"\{", r"\}", "|", *RELATIONS}
 # f(x), \rho_1(r), f^{-1}(2), P(A∩B), "rank"(A), \det A on the left of a sign, token by token.
-LETTER = "(?:[A-Za-z]|" + "|".join(re.escape(name) for name in sorted(GREEK)) + ")"
+GREEK_LETTER = "|".join(re.escape(name) for name in sorted(GREEK))
 FUNCTION_LABEL = re.compile(
-    "("
-    + LETTER + r"(?: ')*(?: _ \w| _ \{ \w+ \})?(?: \^ \{ - 1 \})? \( [\\\w]+(?: , [\\\w]+)* \)"
+    f"((?:[A-Za-z]|{GREEK_LETTER})"
+    r"(?: ')*(?: _ \w| _ \{ \w+ \})?(?: \^ \{ - 1 \})? \( [\\\w]+(?: , [\\\w]+)* \)"
     r"|[PE] \( [^()]+ \)"
     r'|(?:"[A-Za-z]+"|\\det|\\nabla) (?:\( \w+ \)|[A-Za-z]|\\vec \{ \w \})'
     f") [{RELATIONS}]"
@@ -3135,6 +3137,7 @@ def split_condition(text: str) -> tuple[str, str]:
     return found["formula"], found["condition"]
 
 
+# Words and signs of a condition that say nothing, and its words for sets of numbers.
 FILLERS = set(
     "for all any every each where with when if is are be a an the some such that provided given "
     'numbers number values value ∈ , ; . ( ) { } "'.split()
@@ -3151,7 +3154,9 @@ def meaning(condition: str) -> tuple:
     for token in re.findall(r"\\mathbb\{\w\}|\\?[A-Za-z]+|\S", condition):
         if token not in FILLERS:
             tokens.append(NUMBER_SETS.get(token, token))
-    return tuple(sorted(tokens) if {"Z", "R", "N"} & set(tokens) else tokens)
+    if not {"Z", "R", "N"}.isdisjoint(tokens):
+        tokens.sort()
+    return tuple(tokens)
 
 
 def with_common_parameter(formula: str, condition: str) -> tuple[str, str]:
