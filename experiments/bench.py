@@ -74,10 +74,12 @@ def run_arm(comparison: Comparison, arm: str, repeat: int, old: str | None) -> d
     return {"error": last_words[-1][:200]}
 
 
-def run_all(repeats: int, old: str | None) -> None:
+def run_all(repeats: int, old: str | None, section: str | None) -> None:
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     code = common.code_version()
     for comparison in comparisons():
+        if section not in (None, comparison.section):
+            continue
         arms = [arm for arm in comparison.arms if arm != OLD or old]
         for repeat in range(repeats):
             for arm in arms if repeat % 2 == 0 else reversed(arms):
@@ -164,11 +166,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--old", help="a file with the first version of treerpo.py")
+    parser.add_argument("--only", choices=["sampling", "update"], help="run this section alone")
     parser.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.table:
-        run_all(args.repeats, args.old)
+        run_all(args.repeats, args.old, args.only)
     print_table(common.read_lines(FILE))
 
 
