@@ -3038,10 +3038,12 @@ def test_golds_that_cannot_be_read_are_known():
                  r"\begin{pmatrix}1\\2\end{pmatrix}", r"\text{June 20}", r"5\text{ cm}", "A",
                  r"\$5",
                  r"\mathbb{R}", r"x\ne3", r"n!\text{ for all }n", "ma",
-                 r"\overline{AB}", r"\vec{a}"]:
+                 r"\overline{AB}", r"\vec{a}", r"\sum_{k=1}^n k", r"\int x\,dx",
+                 r"n\equiv 1\pmod 4", r"\frac12\begin{pmatrix}1\\2\end{pmatrix}",
+                 r"$x=\pi k$ for integers $k$", "Vertex $(2,-3)$; axis $x=2$"]:
         assert is_readable(gold), gold
-    for gold in [r"\frac{1}{0}", "", "9^{9^{9^9}}", "3 4", "1" * 900, r"\sum_{k=1}^n k",
-                 r"\triangle ABC", r"\int x\,dx", "(1",
+    for gold in [r"\frac{1}{0}", "", "9^{9^{9^9}}", "3 4", "1" * 900,
+                 r"\triangle ABC", "(1", r"X\sim N(5,2)", "$x=4$ is extraneous",
                  r"\vec{a}\times\vec{b}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"]:
         assert not is_readable(gold), gold
 
@@ -5153,7 +5155,16 @@ def test_a_killed_process_keeps_its_answers_and_frees_the_folder(empty, capsys):
     assert 500 < len(killed) < len(path.read_bytes())
 
 
-def test_ctrl_c_keeps_whole_batches(empty, capsys, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C, also where these tests run behind a shell's &, which ignores
+    it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_whole_batches(empty, ctrl_c, capsys, monkeypatch):
     whole = run_eval(capsys, *SAMPLED[:-1], "p")
     calls = []
     real = ev.answer_batch
