@@ -2356,7 +2356,7 @@ DIFFERENT = {
         ("3x+C", "3x+2C"), (r"\sum_{k=1}^{9} k^2", r"\sum_{k=1}^{9} n^2"), ("f(2)=3", "f(3)=3"), ("y_1=x", "y_2=x"),
     ],
     "words outside of dollars": [
-        ("twice $5$", "5"), ("At least: $5$", "5"), ("at most $5$", "5"),
+        ("twice $5$", "5"), ("never $5$", "5"), ("At least: $5$", "5"), ("at most $5$", "5"),
         ("reciprocal: $5$", "5"), ("(3!)!", "3!!"), ("7!!", "5040"), ("not $5$", "5"), ("about $5$", "5"), ("all but $5$", "5"),
         ("$5$ or less", "5"), ("$5$ squared", "5"), ("axis $x=2$", "y=2"),
         (r"\operatorname{rank}(A)=2", r"\operatorname{rank}(B)=2"),

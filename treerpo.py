@@ -1503,7 +1503,7 @@ NUMBER_WORDS = """
 MODIFIERS = {"half", "third", "quarter", *NUMBER_WORDS} | set("""
     squared cubed factorial inverse prime plus minus time over less more than fewer by is was not
     no or and mod root power sum multiple opposite negative repeat double triple score to the wrong
-    maybe perhaps approximately about except but twice thrice at reciprocal
+    maybe perhaps approximately about except but twice thrice at reciprocal never
     hundred thousand million billion trillion dozen halve
     fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth digit
 """.split())
