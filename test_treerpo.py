@@ -2346,7 +2346,7 @@ DIFFERENT = {
     "sets of numbers": [
         ("[0,1[", "(0,1)"), ("]0,1]", "(0,1)"), (r"|x|\le 3", "(-3,3)"), ("|x|<3", "|x|>3"),
         (r"(-1,1)\cup(1,3)", "(-1,3)"), (r"x\ge-2,x\ne1", r"[-2,\infty)"),
-        (r"\{x\mid x>1, x<3\}", r"(1,\infty)"), (r"\sqrt[3]{2},\sqrt[3]{4}", "(2,4)"),
+        (r"\{x\mid x>1, x<3\}", r"\mathbb{R}"), (r"\sqrt[3]{2},\sqrt[3]{4}", "(2,4)"),
         (r"(1,2]\cup\{3\}", "(1,3]"),
     ],
     "parameters and constants": [
@@ -2362,6 +2362,7 @@ DIFFERENT = {
         (r"\operatorname{rank}(A)=2", r"\operatorname{rank}(B)=2"),
     ],
     "congruences, cases, sums": [
+        (r"x\equiv 3\pmod{7}", r"x\equiv 4\pmod{7}"),
         (r"x\equiv 3\pmod{7}", r"x\equiv 3\pmod{8}"), (r"x\equiv 3\pmod{7}", "10"),
         (r"x\equiv 3\pmod{7}", r"y\equiv 3\pmod{7}"), ("7 mod 10", "7"),
         (r"\begin{cases}1&x>0\\0&x<0\end{cases}", r"\begin{cases}0&x>0\\1&x<0\end{cases}"),
@@ -2372,7 +2373,7 @@ DIFFERENT = {
         (r"\gcd(n,8)", r"\gcd(n,4)"), ("[n/2]+1", "n/2+1"), ("(2) 3", "6"),
     ],
     "money, units, rounding": [
-        (r"\$5", r"5\text{ cents}"), (r"\$5", r"5\text{ cm}"), (r"45^\circ", r"45\text{ cm}"),
+        ("5 dollars", "5 euros"), (r"\$5", r"5\text{ cents}"), (r"\$5", r"5\text{ cm}"), (r"45^\circ", r"45\text{ cm}"),
         (r"1^\circ", r"1\text{ radian}"), (r"45\%", r"45^\circ"), ("5 m", "5 m/s"),
         (r"\$5 \text{ million}", r"\$5"), (r"\frac17\approx 0.14", "0.14"), (r"\approx 7", "7"),
         (r"{\color{white}7}8", "8"), ("10⁻⁴", "10^4"), (r"20^\circ C", r"20^\circ F"),
