@@ -43,6 +43,7 @@ from fractions import Fraction
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a machine with a GPU runs the very same tests
 
 import datasets
 import huggingface_hub
@@ -103,7 +104,7 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="set SLOW=1 to run 
 
 # =================================================================================== The algorithm
 # -------------------------------------------------------------- Models and trees made for the tests
-# Everything says "CPU, float32" itself, so that a machine with a GPU runs the same tests.
+# Everything says "CPU, float32" itself, whatever the defaults of the machine are.
 KINDS = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
