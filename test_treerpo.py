@@ -2348,7 +2348,7 @@ DIFFERENT = {
         ("[0,1[", "(0,1)"), ("]0,1]", "(0,1)"), (r"|x|\le 3", "(-3,3)"), ("|x|<3", "|x|>3"),
         (r"(-1,1)\cup(1,3)", "(-1,3)"), (r"x\ge-2,x\ne1", r"[-2,\infty)"),
         (r"\{x\mid x>1, x<3\}", r"\mathbb{R}"), (r"\sqrt[3]{2},\sqrt[3]{4}", "(2,4)"),
-        (r"(1,2]\cup\{3\}", "(1,3]"),
+        (r"(1,2]\cup\{3\}", "(1,3]"), ("x>1, x<3", r"\mathbb{R}"), ("x>1, x>2", "x>1"),
     ],
     "parameters and constants": [
         (r"\pi k, k\in\mathbb{Z}", r"\pi k, k\in\mathbb{N}"), ("mc^2+C", "mC^2+C"),

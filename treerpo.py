@@ -1376,6 +1376,7 @@ class Unreadable(Exception):
 # -- Step 1: extract the box
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+# What stands between two boxes of a list: }$, $ and } \text{ or } count.
 JOINT = re.compile(r"\}[\s$]*(?:,|;|,? *(?:and|or)|\\text *\{ *(?:and|or) *\})[\s$]*$")
 
 
@@ -1394,11 +1395,22 @@ def extract_boxed(text: str) -> str | None:
         if earlier is None:
             break
         content = earlier
-    contents = [content]
-    while len(contents) < MAX_ITEMS and contents[0] and JOINT.search(text, max(0, start - 40), start):
-        start, earlier = last_box(text, start)
-        contents.insert(0, earlier)
-    return ", ".join(filter(None, contents)) if content else content
+    if not content:
+        return content
+    return ", ".join([*boxes_before(text, start), content])
+
+
+def boxes_before(text: str, start: int) -> list[str]:
+    """Contents of the boxes that are listed directly before the one at `start`."""
+    contents = []
+    while len(contents) < MAX_ITEMS:
+        if not JOINT.search(text, max(0, start - 40), start):
+            break
+        start, content = last_box(text, start)
+        if not content:
+            break
+        contents.insert(0, content)
+    return contents
 
 
 def last_box(text: str, end: int) -> tuple[int, str | None]:
@@ -1562,7 +1574,7 @@ def write_rows(found: re.Match) -> str:
     rows = [row.strip() for row in re.split(r"\\\\(?: *\[[^\]]*\])?", body)]
     rows = [row for row in rows if row]
     opening = found["open"] or ""
-    if found["name"] == "aligned":
+    if found["name"] == "aligned":  # x&=1\\y&=2 -> x=1,y=2
         return ",".join(rows).replace("&", "")
     if found["name"] == "cases" or opening.strip().endswith("{"):
         if "&" not in body:
@@ -2683,8 +2695,12 @@ def region(tree: tuple) -> list | None:
     if kind == "without":
         return without_points(region(tree[1]), region(tree[2]))
     is_list_of_relations = kind == "list" and all(item[0] == "relation" for item in tree[1])
-    if kind == "union" or is_list_of_relations:
+    if kind == "union":
         return region_of_parts(tree[1])
+    if is_list_of_relations:
+        pieces = region_of_parts(tree[1])
+        # x<1, x>2 means "or"; x>1, x<3 means "and", or nobody knows.
+        return pieces if pieces is not None and len(merged(pieces)) == len(pieces) else None
     return None
 
 
@@ -2960,7 +2976,11 @@ def same_antiderivative(a: tuple, b: tuple) -> bool:
     if len(pairs) < 3 or variables(a) != variables(b):
         return False
     first = pairs[0][0] - pairs[0][1]
-    return all(abs(x - y - first) <= 1e-11 * (abs(x) + abs(y) + 1) for x, y in pairs)
+    for x, y in pairs:
+        rounding = 1e-11 * (abs(x) + abs(y) + 1)
+        if abs(x - y - first) > rounding:
+            return False
+    return True
 
 
 def same_base(a: tuple, b: tuple) -> bool:
