@@ -289,7 +289,7 @@ class Decoding:
     vocab_size: int                         # ids from here on only pad the embedding matrix
     temperature: float = 0.6                # 0 is greedy
     max_rows: int = 512                     # most sequences of one generate call
-    call_len: int = 384                     # a longer step takes several generate calls
+    call_len: int = 128                     # a longer step takes several generate calls
     keep_entropies: bool = False            # fill Node.entropies (TreeAdv)
     workspace: "Workspace | None" = None    # a static KV cache (CUDA); None: a growing one
     progress: Callable[[int], None] | None = None  # gets the number of rows at each new token
@@ -342,8 +342,9 @@ def select_rows(rows: Rows, index: list[int]) -> Rows:
 class DrawToken:
     """The only logits processor: makes `generate`, which takes the argmax, draw from the policy.
 
-    With e ~ Exp(1), independent for every id a, argmax_a pi(a) / e(a) has distribution pi: it is
-    how torch.multinomial draws, in fewer passes over [rows, vocabulary].
+    With e ~ Exp(1), independent for every id a, argmax_a logits(a) / T - log e(a) has distribution
+    softmax(logits / T): the Gumbel-max trick. It is torch.multinomial's draw in half the passes
+    over [rows, vocabulary].
     """
 
     def __init__(self, decoding: Decoding, n_rows: int) -> None:
@@ -354,17 +355,18 @@ class DrawToken:
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         eos_id = self.decoding.eos_ids[0]
+        temperature = self.decoding.temperature
         logits[:, self.decoding.vocab_size:] = -math.inf
         logits[self.n_rows:, eos_id] = math.inf  # a filler row ends at once
         if self.decoding.progress is not None:
             self.decoding.progress(self.n_rows)
         scores = logits[:self.n_rows]
-        if self.decoding.temperature > 0:
-            probs = scores.div_(self.decoding.temperature).softmax(-1)
+        if temperature > 0:
             if self.decoding.keep_entropies:
+                probs = (scores / temperature).softmax(-1)
                 self.entropies.append(torch.special.entr(probs).sum(-1))
-            noise = torch.empty_like(probs).exponential_()
-            scores.copy_(probs.div_(noise))
+            log_noise = torch.empty_like(scores).exponential_().log_()
+            scores.sub_(log_noise, alpha=temperature)
         self.scores = scores
         return logits
 
@@ -427,7 +429,8 @@ def generate_tokens(
     model.generation_config = clean_config(new_tokens, decoding)
     try:
         out = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, logits_processor=[draw_token]
+            ids, attention_mask=mask, past_key_values=cache, logits_processor=[draw_token],
+            custom_generate=decode_ahead if decoding.workspace is not None else None,
         )
     finally:
         model.generation_config = original
@@ -931,6 +934,11 @@ def add_fixed_logps(
         row.ref_logps, _ = token_logps(reference, row, temperature, vocab_size)
 
 
+def set_update_mode(model: torch.nn.Module) -> None:
+    """Evaluation mode (no dropout), unless gradient checkpointing needs training mode to work."""
+    model.train(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+
+
 def update_policy(
     model: torch.nn.Module,
     reference: torch.nn.Module | None,
@@ -954,9 +962,7 @@ def update_policy(
     nothing. clip_ratio and grad_norm are those of the last mini-batch. progress is called with the
     tokens of each row, once before the optimiser steps and once in them.
     """
-    # Evaluation mode (no dropout), unless gradient checkpointing needs training mode to work.
-    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    model.train(checkpointing)
+    set_update_mode(model)
     padded = model.config._attn_implementation == "flex_attention"
     batches = []
     for part in split_by_question(trees, minibatches):
@@ -1234,15 +1240,60 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
     model.set_attn_implementation("grouped")
 
 
+def decode_ahead(
+    model: torch.nn.Module,
+    ids: Tensor,
+    logits_processor: list[DrawToken],
+    stopping_criteria: object,
+    generation_config: GenerationConfig,
+    **model_inputs: object,
+) -> Tensor:
+    """The loop inside `generate`, once more, for a static cache: ids [R, T] -> [R, T + new].
+
+    `generate` waits for the GPU after each token, to ask whether all rows have ended. This loop
+    asks seldom, so that the CPU prepares a token while the GPU still computes earlier ones. What a
+    row gets behind its end token is cut off later.
+    """
+    draw_token = logits_processor[0]
+    forward = model
+    if model._valid_auto_compile_criteria(model_inputs, generation_config):
+        forward = model.get_compiled_call(generation_config.compile_config)
+    eos_ids = torch.tensor(generation_config.eos_token_id, device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for count in range(1, generation_config.max_new_tokens + 1):
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_inputs)
+        output = forward(**inputs, return_dict=True)
+        model_inputs = model._update_model_kwargs_for_generation(output, model_inputs)
+        logits = output.logits[:, -1].to(torch.float32, copy=True)
+        tokens = draw_token(ids, logits).argmax(-1)
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
+        ended |= torch.isin(tokens, eos_ids)
+        if count % draw_token.decoding.workspace.check_every == 0 and ended.all():
+            break
+    return ids
+
+
+def set_up_compiler() -> None:
+    """What torch.compile needs to know about these models."""
+    # Numbers such as a layer's epsilon never change. As inputs of the graph they would cost time at
+    # each token, and more than half of the compilation, as they are computed by code for the CPU.
+    torch._dynamo.config.specialize_float = True
+    # Each shape of the static cache has a CUDA graph; from the ninth one on there is a warning.
+    torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
+
+
 def try_update(model: torch.nn.Module) -> None:
-    """The forward and backward pass of a tree of three tokens."""
+    """All passes that an update makes, with a tree of three tokens."""
     step = Node([0, 0], Node([0]), trained=True)
     pack = pack_nodes([step.parent], 3)[0]
     row = pack_row(pack, model.device, padded=True)
+    set_update_mode(model)
     with torch.autocast(model.device.type, torch.bfloat16):
-        logps, _ = token_logps(model, row, 1.0, model.config.vocab_size)
-    if logps.requires_grad:  # the reference's do not
-        logps.sum().backward()
+        with torch.no_grad():
+            token_logps(model, row, 1.0, model.config.vocab_size)
+        if any(weight.requires_grad for weight in model.parameters()):  # not the reference's
+            logps, _ = token_logps(model, row, 1.0, model.config.vocab_size)
+            logps.sum().backward()
     model.zero_grad()
 
 
@@ -1250,6 +1301,7 @@ def compile_training(model: torch.nn.Module, mode: str) -> None:
     """Make the update faster: attention leaves out the blocks that the ancestor mask empties, and
     each layer's small operations are fused. If the compiler fails on a trial, mode "auto" undoes
     this and prints a line; mode "on" raises BadInput."""
+    set_up_compiler()
     layers = model.get_decoder().layers
     model.set_attn_implementation("flex_attention")
     for layer in layers:
@@ -1272,22 +1324,24 @@ class Workspace:
     each layer. They are never freed, because a CUDA graph is bound to addresses and shapes.
 
     A block has room for max_rows x length tokens. Each call views its start in a shape [B, H_kv, T,
-    D] that fits the call, one of a few: B a power of two or the most that fits, T a multiple of
+    D] that fits the call, one of a few: B a multiple of 64 or the most that fits, T a multiple of
     256. So a long prompt lowers B for its own calls only; it needs no larger block.
     """
     padding = 1      # `generate` drops a mask without padding, and would compile a second time
-    least_rows = 16
-    columns = 256    # T is a multiple of this
+    row_multiple = 64
+    column_multiple = 256
+    check_every = 16  # tokens, see decode_ahead
 
     def __init__(self, max_rows: int, length: int, compile_config: CompileConfig | None) -> None:
         self.max_rows = max_rows
-        self.capacity = max_rows * self.round_up(length)    # tokens over all rows
+        # In tokens over all rows. One row may be twice as long: TreeAdv's forks.
+        self.capacity = max(2, max_rows) * self.round_up(length)
         self.compile_config = compile_config
         self.blocks: list[tuple[Tensor, Tensor]] = []       # keys, values of every layer
         self.caches: dict[tuple[int, int], Cache] = {}  # by shape (B, T)
 
     def round_up(self, length: int) -> int:
-        return math.ceil(length / self.columns) * self.columns
+        return math.ceil(length / self.column_multiple) * self.column_multiple
 
     def most_rows(self, length: int) -> int:
         """How many sequences of this length fit."""
@@ -1301,8 +1355,8 @@ class Workspace:
         that they can have at the end of the step."""
         past = rows.ids.shape[1] - 1
         length = self.round_up(past + new_tokens)
-        power_of_two = 2 ** math.ceil(math.log2(len(index)))
-        batch = min(max(self.least_rows, power_of_two), self.most_rows(length))
+        batch = math.ceil(len(index) / self.row_multiple) * self.row_multiple
+        batch = min(batch, self.most_rows(length))
         cache = self.cache(rows.kv, batch, length)
         filler = [index[-1]] * (batch - len(index))
         picked = torch.tensor(index + filler, device=rows.ids.device)
@@ -3629,7 +3683,8 @@ def add_workspace(
     uniform = dataclasses.replace(static, temperature=1e6)
     original = model.config._attn_implementation
     use_grouped_attention(model)
-    print("compiling the decoding step, which takes two to three minutes", flush=True)
+    set_up_compiler()
+    print("compiling the decoding step, which takes about a minute", flush=True)
     start = time.perf_counter()
     try:
         sample_trees(model, [[decoding.eos_ids[0]]], [8], [4], uniform)
