@@ -2,12 +2,21 @@
 
     python experiments/bench_gpu.py                     # all parts, about ten minutes
     python experiments/bench_gpu.py --parts decode step --questions 8
+    python experiments/bench_gpu.py --parts step --questions 1 --cap 24 --shape 0.5B --max-rows 128
 
-decode   milliseconds a token of one generate call, plain and compiled, context about 600
-update   trained tokens a second, plain and compiled, with the reference model's pass
-variants the same without it: the full mask or the blocks of flex_attention, layers compiled or not
-step     sampling and update of one training step of the paper's tree, 8 8 8 of 384 tokens. The
-         random model ends an answer with probability 1/500 a token; leaves are right by chance
+attention  one new token's attention by other means, in microseconds
+decode     milliseconds a token of one generate call, context about 600: plain; over the static
+           cache with the loop inside generate; with decode_ahead
+profile    the kernels of 16 tokens, to results/gpu_profile_ROWS.txt
+call_len   sampling with one and with several generate calls a step
+step       sampling and update of one training step of the paper's tree, 8 8 8 of 384 tokens. The
+           random model ends an answer with probability 1/500 a token; leaves are right by chance
+flat       memory after each of twenty small training steps
+update     trained tokens a second, plain and compiled, with the reference model's pass
+variants   the same without it: the full mask or the blocks of flex_attention, layers compiled or
+           not
+
+--cap is the size of a smaller card in GiB, of which 1 is left to CUDA itself.
 
 Every line goes to experiments/results/gpu.jsonl with card and versions.
 """
@@ -15,6 +24,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import random
 import sys
 import time
@@ -22,6 +32,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -30,17 +42,25 @@ import treerpo  # noqa: E402
 EOS_ID = 151_643
 N_TOKENS = 151_646
 PROMPT = 200
+LONGEST_PROMPT = 512
 STEP_LEN = 384
 DEPTH = 3
 
 
-def make_config() -> transformers.Qwen2Config:
+SHAPES = {  # width, width of the MLP, layers, heads
+    "1.5B": (1536, 8960, 28, 12),
+    "0.5B": (896, 4864, 24, 14),
+}
+
+
+def make_config(shape: str = "1.5B") -> transformers.Qwen2Config:
+    width, mlp_width, n_layers, n_heads = SHAPES[shape]
     return transformers.Qwen2Config(
         vocab_size=151_936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
@@ -48,11 +68,11 @@ def make_config() -> transformers.Qwen2Config:
     )
 
 
-def make_model(dtype: torch.dtype) -> torch.nn.Module:
+def make_model(dtype: torch.dtype, shape: str = "1.5B") -> torch.nn.Module:
     torch.manual_seed(0)
     with torch.device("cuda"):
         return transformers.AutoModelForCausalLM.from_config(
-            make_config(), dtype=dtype, attn_implementation="sdpa"
+            make_config(shape), dtype=dtype, attn_implementation="sdpa"
         )
 
 
@@ -97,9 +117,15 @@ def decode_ms(model, rows: treerpo.Rows, n_rows: int, decoding: treerpo.Decoding
     call(8)
     differences = []
     for _ in range(3):
-        long = call(96)
-        differences.append((long - call(32)) / 64)
+        long = call(80)
+        differences.append((long - call(16)) / 64)
     return 1000 * sorted(differences)[1]
+
+
+def forget_graphs() -> None:
+    """Dynamo makes at most eight of one function, and a training run needs three of a layer."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def graph_counts() -> dict:
@@ -110,21 +136,85 @@ def graph_counts() -> dict:
     }
 
 
+def attention_by_products(query, key, value, mask, scale):
+    scores = torch.matmul(query, key.transpose(2, 3)).float() * scale
+    probs = scores.masked_fill(~mask, -math.inf).softmax(-1).to(query.dtype)
+    return torch.matmul(probs, value)
+
+
+def attention_by_sdpa(query, key, value, mask, scale):
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def attention_by_flex(query, key, value, mask, scale):
+    visible = mask[:, 0, 0]
+
+    def mask_scores(score, row, head, at, to):
+        return torch.where(visible[row, to], score, -math.inf)
+
+    return flex_attention(query, key, value, score_mod=mask_scores, scale=scale)
+
+
+def bench_attention(log: Log) -> None:
+    """Six query heads share one of two key heads, as in grouped_attention."""
+    from triton.testing import do_bench
+    functions = {
+        "sdpa": attention_by_sdpa,
+        "products, compiled": torch.compile(attention_by_products, dynamic=True),
+        "flex, compiled": torch.compile(attention_by_flex, dynamic=True),
+    }
+    for name, function in functions.items():
+        for n_rows, length in ((512, 768), (128, 768), (512, 1536)):
+            query = torch.randn(n_rows, 2, 6, 128, device="cuda", dtype=torch.bfloat16)
+            key = torch.randn(n_rows, 2, length, 128, device="cuda", dtype=torch.bfloat16)
+            value = torch.randn_like(key)
+            mask = torch.zeros(n_rows, 1, 1, length, dtype=torch.bool, device="cuda")
+            mask[..., 3:length - 100] = True
+            arguments = (query, key, value, mask, 128**-0.5)
+            gap = (function(*arguments) - attention_by_sdpa(*arguments)).abs().max()
+            ms = do_bench(lambda: function(*arguments), warmup=10, rep=60)
+            log(
+                part="attention", how=name, rows=n_rows, length=length, us=round(1000 * ms),
+                tb_per_s=round(4 * key.numel() / ms / 1e9, 2), largest_gap=round(gap.item(), 4),
+            )
+    forget_graphs()
+
+
+def bench_profile(model, static: treerpo.Decoding, folder: Path) -> None:
+    for n_rows in (512, 128):
+        with torch.no_grad():
+            rows = treerpo.prefill(model, random_prompts(n_rows, 568), EOS_ID, 1)
+
+        def call() -> None:
+            nodes = [treerpo.Node([]) for _ in range(n_rows)]
+            treerpo.generate_tokens(model, nodes, rows, list(range(n_rows)), 16, static)
+            torch.cuda.synchronize()
+
+        call()
+        with torch.profiler.profile() as profile:
+            call()
+        table = profile.key_averages().table("cuda_time_total", 40, 90)
+        (folder / f"gpu_profile_{n_rows}.txt").write_text(table)
+
+
 def bench_decode(model, plain: treerpo.Decoding, static: treerpo.Decoding, log: Log) -> None:
     padding = treerpo.Workspace.padding
+    decode_ahead = treerpo.decode_ahead
     for n_rows in (512, 128):
         with torch.no_grad():
             rows = treerpo.prefill(model, random_prompts(n_rows, 568), EOS_ID, padding)
+        ms_ahead = decode_ms(model, rows, n_rows, static)
+        treerpo.decode_ahead = None
         ms_static = decode_ms(model, rows, n_rows, static)
+        treerpo.decode_ahead = decode_ahead
         ms_plain = decode_ms(model, rows, n_rows, plain)
         log(
-            part="decode", rows=n_rows, context=600, plain_ms=round(ms_plain, 1),
-            compiled_ms=round(ms_static, 1), ratio=round(ms_plain / ms_static, 2),
-            **graph_counts(),
+            part="decode", rows=n_rows, context=600, plain_ms=round(ms_plain, 2),
+            static_ms=round(ms_static, 2), ahead_ms=round(ms_ahead, 2),
+            ratio=round(ms_plain / ms_ahead, 2), **graph_counts(),
         )
         del rows
-    gc.collect()
-    torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def end_by_chance(rate: float) -> None:
@@ -133,7 +223,7 @@ def end_by_chance(rate: float) -> None:
 
     def draw_with_ends(self, input_ids, logits):
         others = logits[:, :N_TOKENS].logsumexp(-1)
-        logits[:, EOS_ID] = others + torch.log(torch.tensor(rate / (1 - rate)))
+        logits[:, EOS_ID] = others + math.log(rate / (1 - rate))
         return draw(self, input_ids, logits)
 
     treerpo.DrawToken.__call__ = draw_with_ends
@@ -149,45 +239,95 @@ def reward_by_chance(trees: list[treerpo.Node]) -> None:
     treerpo.add_sibling_advantages(trees, "variance", 0.1)
 
 
-def bench_step(models: dict, decoding: treerpo.Decoding, n_questions: int, pack_len: int, log: Log):
-    """One whole step, twice: the second one has its graphs."""
-    end_by_chance(1 / 500)
-    decoding = dataclasses.replace(decoding, temperature=1.0)
-    optimizer = torch.optim.AdamW(models["trained"].parameters(), lr=1e-6, fused=True)
-    for repeat in range(2):
-        torch.cuda.reset_peak_memory_stats()
-        trees = []
-        prompts = random_prompts(n_questions, PROMPT)
-        sampling = seconds_of(
-            lambda: trees.extend(
-                treerpo.sample_trees(
-                    models["sampler"], prompts, [8] * DEPTH, [STEP_LEN] * DEPTH, decoding
-                )
-            )
+def sample(model, n_questions: int, step_len: int, decoding: treerpo.Decoding) -> tuple:
+    """-> trees with rewards and advantages, seconds."""
+    trees = []
+    prompts = random_prompts(n_questions, PROMPT)
+    seconds = seconds_of(
+        lambda: trees.extend(
+            treerpo.sample_trees(model, prompts, [8] * DEPTH, [step_len] * DEPTH, decoding)
         )
-        sampling_gb = torch.cuda.max_memory_allocated() / 1e9
-        reward_by_chance(trees)
-        steps = [node for root in trees for node in root.steps()]
-        trained = sum(len(node.tokens) for node in steps if node.trained)
-        torch.cuda.reset_peak_memory_stats()
-        updating = seconds_of(
-            lambda: treerpo.update_policy(
-                models["trained"], models["reference"], optimizer, trees, minibatches=2,
-                pack_len=pack_len, mixed=True, temperature=1.0, vocab_size=N_TOKENS, ratio="token",
-                clip_eps=0.2, kl_coef=0.001, entropy_coef=0.001,
-            )
+    )
+    reward_by_chance(trees)
+    return trees, seconds
+
+
+def update(models: dict, optimizer, trees: list[treerpo.Node], pack_len: int) -> float:
+    """-> seconds, with the copy of the new weights to the sampler."""
+    def work() -> None:
+        treerpo.update_policy(
+            models["trained"], models["reference"], optimizer, trees, minibatches=2,
+            pack_len=pack_len, mixed=True, temperature=1.0, vocab_size=N_TOKENS, ratio="token",
+            clip_eps=0.2, kl_coef=0.001, entropy_coef=0.001,
         )
         models["sampler"].load_state_dict(models["trained"].state_dict())
-        tokens = sum(len(node.tokens) for node in steps)
+
+    return seconds_of(work)
+
+
+def n_tokens(nodes: list[treerpo.Node]) -> int:
+    return sum(len(node.tokens) for node in nodes)
+
+
+def bench_step(
+    models: dict, decoding: treerpo.Decoding, args: argparse.Namespace, log: Log
+) -> None:
+    """One whole step, twice: the second one has its graphs."""
+    optimizer = torch.optim.AdamW(models["trained"].parameters(), lr=1e-6, fused=True)
+    for repeat in range(args.repeats):
+        torch.cuda.reset_peak_memory_stats()
+        trees, sampling = sample(models["sampler"], args.questions, STEP_LEN, decoding)
+        sampling_gb = torch.cuda.max_memory_allocated() / 1e9
+        steps = [node for root in trees for node in root.steps()]
+        sampled = n_tokens(steps)
+        trained = n_tokens([node for node in steps if node.trained])
+        torch.cuda.reset_peak_memory_stats()
+        updating = update(models, optimizer, trees, args.pack_len)
+        leaves = [leaf for root in trees for leaf in root.leaves()]
+        answers = [sum(len(node.tokens) for node in leaf.path()[1:]) for leaf in leaves]
         log(
-            part="step", repeat=repeat, questions=n_questions, sampled=tokens, trained=trained,
-            sampling_s=round(sampling, 1), sampled_per_s=round(tokens / sampling),
+            part="step", shape=args.shape, cap=args.cap, repeat=repeat, questions=args.questions,
+            max_rows=args.max_rows, call_len=decoding.call_len, pack_len=args.pack_len,
+            grad_checkpointing=args.grad_checkpointing, sampled=sampled, trained=trained,
+            mean_answer=round(sum(answers) / len(answers)),
+            sampling_s=round(sampling, 1), sampled_per_s=round(sampled / sampling),
             update_s=round(updating, 1), trained_per_s=round(trained / updating),
             sampling_gb=round(sampling_gb, 1),
-            update_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1), pack_len=pack_len,
-            hours_300_steps_of_16=round(300 * 16 / n_questions * (sampling + updating) / 3600, 1),
+            update_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1),
+            hours_300_steps_of_16=round(
+                300 * 16 / args.questions * (sampling + updating) / 3600, 1
+            ),
             **graph_counts(),
         )
+
+
+def bench_call_len(model, decoding: treerpo.Decoding, log: Log) -> None:
+    """Sampling of four trees, with one generate call for a step and with several."""
+    n_questions = 4
+    for call_len in (STEP_LEN, 128):
+        each = dataclasses.replace(decoding, call_len=call_len)
+        sample(model, n_questions, STEP_LEN, each)  # records the graphs
+        torch.manual_seed(0)
+        trees, seconds = sample(model, n_questions, STEP_LEN, each)
+        tokens = n_tokens([node for root in trees for node in root.steps()])
+        log(
+            part="call_len", call_len=call_len, questions=n_questions, sampled=tokens,
+            sampling_s=round(seconds, 1), sampled_per_s=round(tokens / seconds),
+        )
+
+
+def bench_flat(models: dict, decoding: treerpo.Decoding, pack_len: int, log: Log) -> None:
+    optimizer = torch.optim.AdamW(models["trained"].parameters(), lr=1e-6, fused=True)
+    allocated = []
+    reserved = []
+    for _ in range(20):
+        trees, _ = sample(models["sampler"], 2, 32, decoding)
+        update(models, optimizer, trees, pack_len)
+        del trees
+        gc.collect()
+        allocated.append(round(torch.cuda.memory_allocated() / 1e9, 3))
+        reserved.append(round(torch.cuda.memory_reserved() / 1e9, 3))
+    log(part="flat", allocated_gb=allocated, reserved_gb=reserved, **graph_counts())
 
 
 def random_tree() -> treerpo.Node:
@@ -261,6 +401,7 @@ def bench_variants(model, log: Log) -> None:
     for layer in layers:
         layer._compiled_call_impl = None
     model.set_attn_implementation("sdpa")
+    forget_graphs()
 
 
 def check_flex(model, log: Log) -> None:
@@ -281,42 +422,67 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", default=["decode", "update", "variants", "step"])
+    parts = [
+        "attention", "decode", "profile", "call_len", "step", "flat", "update", "variants",
+    ]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--questions", type=int, default=16, help="of part step")
+    parser.add_argument("--repeats", type=int, default=2, help="of part step")
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.5B")
     parser.add_argument("--max-rows", type=int, default=512)
-    parser.add_argument("--pack-len", type=int, default=4096, help="of part step")
+    parser.add_argument("--pack-len", type=int, default=4096, help="of parts step and flat")
+    parser.add_argument("--grad-checkpointing", action="store_true")
+    parser.add_argument("--cap", type=int, help="use no more memory than a card of this many GiB")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.jsonl")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_gpu.py needs a CUDA GPU")
     log = Log(args.out)
-    sampler = make_model(torch.bfloat16).eval()
+    if args.cap:
+        total = torch.cuda.mem_get_info()[1] / 2**30
+        torch.cuda.set_per_process_memory_fraction((args.cap - 1) / total)
+    sampler = make_model(torch.bfloat16, args.shape).eval()
     plain = treerpo.Decoding((EOS_ID,), N_TOKENS, 1.0, args.max_rows)
-    if "decode" in args.parts or "step" in args.parts:
-        length = PROMPT + DEPTH * STEP_LEN
+    parts = set(args.parts)
+    if "attention" in parts:
+        bench_attention(log)
+    if parts - {"attention", "update", "variants"}:
+        length = LONGEST_PROMPT + DEPTH * STEP_LEN
         start = time.perf_counter()
         static = treerpo.add_workspace(sampler, plain, length, "on")
         log(part="compile", seconds=round(time.perf_counter() - start, 1), **graph_counts())
-    if "decode" in args.parts:
+    if "decode" in parts:
         bench_decode(sampler, plain, static, log)
-    if {"update", "variants", "step"} & set(args.parts):
-        models = {
-            "sampler": sampler,
-            "trained": make_model(torch.float32),
-            "reference": make_model(torch.bfloat16).eval().requires_grad_(False),
-        }
-    if "update" in args.parts:
+    if "profile" in parts:
+        bench_profile(sampler, static, args.out.parent)
+    end_by_chance(1 / 500)
+    if "call_len" in parts:
+        bench_call_len(sampler, static, log)
+    if not parts & {"update", "variants", "step", "flat"}:
+        return
+    models = {
+        "sampler": sampler,
+        "trained": make_model(torch.float32, args.shape),
+        "reference": make_model(torch.bfloat16, args.shape).eval().requires_grad_(False),
+    }
+    if args.grad_checkpointing:
+        models["trained"].gradient_checkpointing_enable()
+    treerpo.set_update_mode(models["trained"])
+    if "update" in parts:
         bench_update(models, "plain", [4096], log)
-    if "variants" in args.parts:
+    if "variants" in parts:
         bench_variants(models["trained"], log)
-    if "update" in args.parts or "step" in args.parts:
-        treerpo.compile_training(models["trained"], "on")
-        treerpo.compile_training(models["reference"], "on")
-        check_flex(models["trained"], log)
-    if "update" in args.parts:
+    start = time.perf_counter()
+    treerpo.compile_training(models["trained"], "on")
+    treerpo.compile_training(models["reference"], "on")
+    log(part="compile update", seconds=round(time.perf_counter() - start, 1))
+    if "step" in parts:
+        bench_step(models, static, args, log)
+    if "flat" in parts:
+        bench_flat(models, static, args.pack_len, log)
+    if "update" in parts:
         bench_update(models, "compiled", [4096, 8192], log)
-    if "step" in args.parts:
-        bench_step(models, static, args.questions, args.pack_len, log)
+        check_flex(models["trained"], log)  # the last one: it makes graphs of its own
 
 
 if __name__ == "__main__":
