@@ -1276,7 +1276,7 @@ def decode_ahead(
 def set_up_compiler() -> None:
     """What torch.compile needs to know about these models."""
     # Numbers such as a layer's epsilon never change. As inputs of the graph they would cost time at
-    # each token, and more than half of the compilation, as they are computed by code for the CPU.
+    # each token, and more than half of the compilation, as code for the CPU would compute them.
     torch._dynamo.config.specialize_float = True
     # Each shape of the static cache has a CUDA graph; from the ninth one on there is a warning.
     torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
@@ -1316,7 +1316,7 @@ def compile_training(model: torch.nn.Module, mode: str) -> None:
         for layer in layers:
             layer._compiled_call_impl = None
         model.zero_grad()
-        print(f"cannot compile the update ({one_line(error)}); it goes on about 1.4 times slower")
+        print(f"cannot compile the update ({one_line(error)}); it goes on about 1.2 times slower")
 
 
 class Workspace:
