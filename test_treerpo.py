@@ -1651,6 +1651,14 @@ def test_a_model_with_grouped_attention_samples_the_same_tokens(tiny):
     assert everything(tiny, decoding(max_rows=64)) == expected
 
 
+@pytest.fixture
+def compiler_defaults():
+    """PyTorch's own settings, also afterwards."""
+    with torch._dynamo.config.patch(specialize_float=False):
+        yield
+    torch._dynamo.reset()
+
+
 def compile_on_a_cpu(backend="eager"):
     """What `generate` needs to compile its decoding step here; Dynamo's counters start at 0."""
     torch._dynamo.reset()
@@ -1692,7 +1700,7 @@ def test_the_compiled_step_is_one_graph_for_all_shapes_and_reads_new_weights():
     torch._dynamo.reset()
 
 
-def test_numbers_are_constants_of_the_compiled_step():
+def test_numbers_are_constants_of_the_compiled_step(compiler_defaults):
     """As inputs of its graph, a layer's epsilon and scale would cost time at every token."""
     kinds = set()
 
@@ -1703,17 +1711,20 @@ def test_numbers_are_constants_of_the_compiled_step():
 
     model = tiny_model()
     compile_config = compile_on_a_cpu(backend)
-    torch._dynamo.config.specialize_float = False
     treerpo.set_up_compiler()
+    assert torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit is None
     everything(model, static(compile_config=compile_config))
     assert torch.float32 in kinds
     assert torch.float64 not in kinds  # how Dynamo passes a number
     assert torch.SymFloat not in kinds and float not in kinds
-    torch._dynamo.reset()
 
 
-def test_the_trial_compiles_all_that_updates_need(monkeypatch):
-    """No recompile in the steps after it, whatever the lengths: Dynamo gives up after eight. On a
+@pytest.mark.parametrize("checkpointing, n_graphs", [(False, 3), (True, 4)])
+def test_the_trial_compiles_all_that_updates_need(
+    monkeypatch, compiler_defaults, checkpointing, n_graphs
+):
+    """No recompile in the steps after it, whatever the lengths: Dynamo gives up after eight. The
+    model needs graphs with gradients and without, the reference one; checkpointing adds one. On a
     CPU flex_attention has a backward pass only if it is not compiled, as here."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -1724,19 +1735,21 @@ def test_the_trial_compiles_all_that_updates_need(monkeypatch):
         module, dynamic=dynamic, backend="eager"
     ))
     model = tiny_model()
+    if checkpointing:
+        turn_on_checkpointing(model)
     reference = tiny_model().to(torch.bfloat16).requires_grad_(False)
     compile_training(model, "on")
     compile_training(reference, "on")
+    assert torch._dynamo.config.specialize_float
     counts = torch._dynamo.utils.counters["stats"]
-    assert counts["unique_graphs"] == 3  # the model with gradients and without, the reference
+    assert counts["unique_graphs"] == n_graphs
     for step_len, pack_len in ((4, 60), (40, 1000), (80, 3000)):
         trees = sampled_trees(tiny_model(), step_len=step_len)
         update(
             model, trees, RecordingSGD(model), reference, minibatches=2, pack_len=pack_len,
             mixed=True,
         )
-    assert counts["unique_graphs"] == 3
-    torch._dynamo.reset()
+    assert counts["unique_graphs"] == n_graphs
 
 
 def fail(*arguments, **options):
@@ -1819,10 +1832,9 @@ def test_without_a_gpu_nothing_is_compiled_unless_asked(monkeypatch):
     assert add_workspace(model, plain, 64, "off") is plain
 
 
-def test_compile_on_works_on_a_cpu(monkeypatch, capsys):
-    """Through the same function as a run, with a backend that needs no C++ compiler. The trial must
-    compile the decoding step. With this seed the model's own first token would end the answer, and
-    then there is no step to decode."""
+def test_compile_on_works_on_a_cpu(monkeypatch, capsys, compiler_defaults):
+    """Through the same function as a run, with a backend that needs no C++ compiler. The trial
+    compiles the decoding step even if its first token ends all answers, as with this seed."""
     compile_config = compile_on_a_cpu()
 
     def make_config(dynamic):
@@ -1839,6 +1851,7 @@ def test_compile_on_works_on_a_cpu(monkeypatch, capsys):
     assert found.workspace.compile_config is compile_config
     assert found.workspace.capacity == 16 * 512  # 256 tokens and a column of padding, rounded up
     assert model.config._attn_implementation == "grouped"
+    assert torch._dynamo.config.specialize_float
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     first = dict(torch._dynamo.utils.counters["stats"])
     found.workspace.check_every = 1

@@ -343,8 +343,8 @@ class DrawToken:
     """The only logits processor: makes `generate`, which takes the argmax, draw from the policy.
 
     With e ~ Exp(1), independent for every id a, argmax_a logits(a) / T - log e(a) has distribution
-    softmax(logits / T): the Gumbel-max trick. It is torch.multinomial's draw in half the passes
-    over [rows, vocabulary].
+    softmax(logits / T): the Gumbel-max trick. It is torch.multinomial's draw in fewer passes over
+    [rows, vocabulary].
     """
 
     def __init__(self, decoding: Decoding, n_rows: int) -> None:
@@ -398,7 +398,7 @@ def clean_config(new_tokens: int, decoding: Decoding) -> GenerationConfig:
 
 
 def extend_node(node: Node, tokens: list[int], eos_ids: Sequence[int]) -> None:
-    """Add these tokens to a step, up to the first end token; what follows that is padding."""
+    """Add these tokens to a step, up to the first end token; what follows that does not count."""
     ends = [tokens.index(eos_id) for eos_id in eos_ids if eos_id in tokens]
     if ends:
         node.done = True
@@ -417,7 +417,7 @@ def generate_tokens(
     """One call of HF generate: nodes[k] continues row index[k] by up to new_tokens tokens.
 
     -> the rows after it: row k is that of nodes[k]; behind them may come filler rows. A finished
-    row is good for nothing more: its padding behind the end token is not masked. kv are views of
+    row is good for nothing more: what follows its end token is not masked. kv are views of
     the cache, which the next call on a static cache overwrites. Raises FloatingPointError if the
     logits are not numbers.
     """
@@ -1205,7 +1205,7 @@ def add_leaf_advantages(
 
 # ------------------------------------------------------------------------- Speed on a GPU
 # A GPU waits for the launches of a growing cache's many small kernels. Given a static cache,
-# `generate` compiles its decoding step by itself and replays it as a CUDA graph.
+# transformers compiles the decoding step, which is then replayed as a CUDA graph.
 def grouped_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -1252,12 +1252,14 @@ def decode_ahead(
 
     `generate` waits for the GPU after each token, to ask whether all rows have ended. This loop
     asks seldom, so that the CPU prepares a token while the GPU still computes earlier ones. What a
-    row gets behind its end token is cut off later.
+    row gets behind its end token is cut off later. Of the library's criteria for stopping, the two
+    that are set here, length and end tokens, are in the loop itself.
     """
     draw_token = logits_processor[0]
+    workspace = draw_token.decoding.workspace
     forward = model
-    if model._valid_auto_compile_criteria(model_inputs, generation_config):
-        forward = model.get_compiled_call(generation_config.compile_config)
+    if workspace.compile_config is not None:
+        forward = model.get_compiled_call(workspace.compile_config)
     eos_ids = torch.tensor(generation_config.eos_token_id, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for count in range(1, generation_config.max_new_tokens + 1):
@@ -1268,15 +1270,15 @@ def decode_ahead(
         tokens = draw_token(ids, logits).argmax(-1)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         ended |= torch.isin(tokens, eos_ids)
-        if count % draw_token.decoding.workspace.check_every == 0 and ended.all():
+        if count % workspace.check_every == 0 and ended.all():
             break
     return ids
 
 
 def set_up_compiler() -> None:
-    """What torch.compile needs to know about these models."""
+    """What torch.compile needs to know about these models, in this whole process."""
     # Numbers such as a layer's epsilon never change. As inputs of the graph they would cost time at
-    # each token, and more than half of the compilation, as code for the CPU would compute them.
+    # each token, and twice the time of compilation, as code for the CPU would compute them.
     torch._dynamo.config.specialize_float = True
     # Each shape of the static cache has a CUDA graph; from the ninth one on there is a warning.
     torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
@@ -3679,15 +3681,13 @@ def add_workspace(
     length += Workspace.padding
     workspace = Workspace(decoding.max_rows, length, compile_config)
     static = dataclasses.replace(decoding, workspace=workspace)
-    # All ids about equally likely: an answer that ends at its first token would compile nothing.
-    uniform = dataclasses.replace(static, temperature=1e6)
     original = model.config._attn_implementation
     use_grouped_attention(model)
     set_up_compiler()
     print("compiling the decoding step, which takes about a minute", flush=True)
     start = time.perf_counter()
     try:
-        sample_trees(model, [[decoding.eos_ids[0]]], [8], [4], uniform)
+        sample_trees(model, [[decoding.eos_ids[0]]], [8], [4], static)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler shows in many ways

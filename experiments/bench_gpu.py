@@ -5,6 +5,7 @@
     python experiments/bench_gpu.py --parts step --questions 1 --cap 24 --shape 0.5B --max-rows 128
 
 attention  one new token's attention by other means, in microseconds
+tokens     entropies of sampled tokens, from the compiled step and from plain forwards of the trees
 decode     milliseconds a token of one generate call, context about 600: plain; over the static
            cache with the loop inside generate; with decode_ahead
 profile    the kernels of 16 tokens, to results/gpu_profile_ROWS.txt
@@ -123,7 +124,7 @@ def decode_ms(model, rows: treerpo.Rows, n_rows: int, decoding: treerpo.Decoding
 
 
 def forget_graphs() -> None:
-    """Dynamo makes at most eight of one function, and a training run needs three of a layer."""
+    """Dynamo makes at most eight of one function, and a training run needs three or four of a layer."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -178,6 +179,27 @@ def bench_attention(log: Log) -> None:
                 tb_per_s=round(4 * key.numel() / ms / 1e9, 2), largest_gap=round(gap.item(), 4),
             )
     forget_graphs()
+
+
+def check_tokens(model, static: treerpo.Decoding, log: Log) -> None:
+    """Both in bf16. A token that does not belong to its path would change all later entropies."""
+    decoding = dataclasses.replace(static, keep_entropies=True)
+    trees = treerpo.sample_trees(model, random_prompts(4, PROMPT), [8, 4], [150, 40], decoding)
+    nodes = [node for root in trees for node in root.steps()]
+    for node in nodes:
+        node.trained = True
+    largest = 0.0
+    total = 0.0
+    for pack in treerpo.pack_nodes(trees, 4096):
+        row = treerpo.pack_row(pack, model.device)
+        with torch.no_grad():
+            _, expected = treerpo.token_logps(model, row, static.temperature, N_TOKENS)
+        scored = [node for node in pack if pack[node]]
+        found = [entropy for node in scored for entropy in node.entropies]
+        gaps = (expected - torch.tensor(found, device=model.device)).abs()
+        largest = max(largest, gaps.max().item())
+        total += gaps.sum().item()
+    log(part="tokens", mean_gap=total / n_tokens(nodes), largest_gap=largest)
 
 
 def bench_profile(model, static: treerpo.Decoding, folder: Path) -> None:
@@ -423,7 +445,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = [
-        "attention", "decode", "profile", "call_len", "step", "flat", "update", "variants",
+        "attention", "tokens", "decode", "profile", "call_len", "step", "flat", "update",
+        "variants",
     ]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--questions", type=int, default=16, help="of part step")
@@ -451,6 +474,8 @@ def main() -> None:
         start = time.perf_counter()
         static = treerpo.add_workspace(sampler, plain, length, "on")
         log(part="compile", seconds=round(time.perf_counter() - start, 1), **graph_counts())
+    if "tokens" in parts:
+        check_tokens(sampler, static, log)
     if "decode" in parts:
         bench_decode(sampler, plain, static, log)
     if "profile" in parts:
