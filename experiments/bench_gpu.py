@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -147,6 +148,11 @@ def attention_by_sdpa(query, key, value, mask, scale):
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
+def attention_by_efficient_kernel(query, key, value, mask, scale):
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+        return attention_by_sdpa(query, key, value, mask, scale)
+
+
 def attention_by_flex(query, key, value, mask, scale):
     visible = mask[:, 0, 0]
 
@@ -161,6 +167,7 @@ def bench_attention(log: Log) -> None:
     from triton.testing import do_bench
     functions = {
         "sdpa": attention_by_sdpa,
+        "sdpa, efficient kernel": attention_by_efficient_kernel,
         "products, compiled": torch.compile(attention_by_products, dynamic=True),
         "flex, compiled": torch.compile(attention_by_flex, dynamic=True),
     }
