@@ -96,6 +96,7 @@ from treerpo import (
     sample_trees,
     split_by_question,
     token_logps,
+    turn_on_checkpointing,
     update_policy,
     use_grouped_attention,
 )
@@ -199,13 +200,6 @@ def sampled_trees(model, branching=(3, 2, 2), step_len=4, prompts=PROMPTS, seed=
     torch.manual_seed(seed)
     step_lens = [step_len] * len(branching)
     return random_rewards(sample_trees(model, prompts, list(branching), step_lens, decoding()))
-
-
-def turn_on_checkpointing(model):
-    if hasattr(model, "activation_checkpointing_enable"):  # renamed in transformers 5.23
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
 
 
 # The oracle of sampling and update alike: one path, one plain causal forward, no cache, no packs.

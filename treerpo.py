@@ -423,6 +423,7 @@ def generate_tokens(
     """
     ids, mask, cache = open_rows(rows, index, new_tokens, decoding.workspace)
     draw_token = DrawToken(decoding, len(nodes))
+    loop = None if decoding.workspace is None else decode_ahead  # None: the one inside generate
     # Swapped in, not passed to generate: what a passed config leaves unset (top_k, penalties, ...)
     # generate takes from model.generation_config, the checkpoint's own.
     original = model.generation_config
@@ -430,7 +431,7 @@ def generate_tokens(
     try:
         out = model.generate(
             ids, attention_mask=mask, past_key_values=cache, logits_processor=[draw_token],
-            custom_generate=decode_ahead if decoding.workspace is not None else None,
+            custom_generate=loop,
         )
     finally:
         model.generation_config = original
@@ -1256,10 +1257,10 @@ def decode_ahead(
     that are set here, length and end tokens, are in the loop itself.
     """
     draw_token = logits_processor[0]
-    workspace = draw_token.decoding.workspace
+    check_every = draw_token.decoding.workspace.check_every
     forward = model
-    if workspace.compile_config is not None:
-        forward = model.get_compiled_call(workspace.compile_config)
+    if generation_config.compile_config is not None:
+        forward = model.get_compiled_call(generation_config.compile_config)
     eos_ids = torch.tensor(generation_config.eos_token_id, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for count in range(1, generation_config.max_new_tokens + 1):
@@ -1270,7 +1271,7 @@ def decode_ahead(
         tokens = draw_token(ids, logits).argmax(-1)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         ended |= torch.isin(tokens, eos_ids)
-        if count % workspace.check_every == 0 and ended.all():
+        if count % check_every == 0 and ended.all():
             break
     return ids
 
@@ -1278,7 +1279,7 @@ def decode_ahead(
 def set_up_compiler() -> None:
     """What torch.compile needs to know about these models, in this whole process."""
     # Numbers such as a layer's epsilon never change. As inputs of the graph they would cost time at
-    # each token, and twice the time of compilation, as code for the CPU would compute them.
+    # each token, and more than double the compilation, which would make code for the CPU for them.
     torch._dynamo.config.specialize_float = True
     # Each shape of the static cache has a CUDA graph; from the ninth one on there is a warning.
     torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
@@ -4106,6 +4107,12 @@ def load_data(settings: Settings) -> tuple[list[dict], list[dict]]:
     return training or questions, held_out
 
 
+def turn_on_checkpointing(model: torch.nn.Module) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
+    enable = enable or model.gradient_checkpointing_enable
+    enable()
+
+
 def load_models(
     settings: Settings, weights: str, device: str, dtype: str
 ) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module | None]:
@@ -4120,10 +4127,8 @@ def load_models(
     if settings.kl_coef > 0:
         reference = load_model(settings.model, device, exact if dtype == "float32" else half)
         reference.eval().requires_grad_(False)
-    if settings.grad_checkpointing:  # renamed in transformers 5.23
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
-        enable()
+    if settings.grad_checkpointing:
+        turn_on_checkpointing(model)
     return model, sampler, reference
 
 

@@ -125,7 +125,7 @@ def decode_ms(model, rows: treerpo.Rows, n_rows: int, decoding: treerpo.Decoding
 
 
 def forget_graphs() -> None:
-    """Dynamo makes at most eight of one function, and a training run needs three or four of a layer."""
+    """Dynamo makes at most eight of a function; a training run needs three or four of a layer."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -498,7 +498,7 @@ def main() -> None:
         "reference": make_model(torch.bfloat16, args.shape).eval().requires_grad_(False),
     }
     if args.grad_checkpointing:
-        models["trained"].gradient_checkpointing_enable()
+        treerpo.turn_on_checkpointing(models["trained"])
     treerpo.set_update_mode(models["trained"])
     if "update" in parts:
         bench_update(models, "plain", [4096], log)
