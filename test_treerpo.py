@@ -428,15 +428,18 @@ def test_a_draw_is_the_one_of_torch_multinomial():
     """From the same random numbers. The ids that only pad the embedding matrix are never drawn."""
     logits = 3 * torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(0))
     logits[:, N_TOKENS:] = 100.0
-    known = logits.clone()
-    known[:, N_TOKENS:] = -math.inf
     torch.manual_seed(4)
-    expected = torch.multinomial((known / 0.6).softmax(-1), 1)[:, 0]
+    expected = torch.multinomial((logits[:, :N_TOKENS] / 0.6).softmax(-1), 1)[:, 0]
     torch.manual_seed(4)
     draw_token = DrawToken(decoding(temperature=0.6), 50)
     drawn = draw_token(None, logits).argmax(-1)
     assert torch.equal(drawn, expected)
     assert len(set(drawn.tolist())) > 5 and drawn.max() < N_TOKENS
+
+    state = torch.get_rng_state()
+    greedy = DrawToken(decoding(temperature=0.0), 50)(None, logits).argmax(-1)
+    assert torch.equal(greedy, logits[:, :N_TOKENS].argmax(-1))
+    assert torch.equal(torch.get_rng_state(), state)  # no random numbers for nothing
 
 
 def test_the_generation_config_of_a_checkpoint_has_no_influence():
@@ -1215,7 +1218,7 @@ def grpo_gradient(model, old_model, reference, rollouts, ratio, clip_eps, kl_coe
     return clipped_to_norm_one(gradient(loss, model))
 
 
-@pytest.mark.parametrize("ratio, eps", [("token", 0.05), ("sequence", 4e-4)])
+@pytest.mark.parametrize("ratio, eps", [("token", 0.02), ("sequence", 4e-4)])
 def test_depth_one_is_grpo_and_gspo(ratio, eps):
     """An independent GRPO and GSPO (2507.18071) through update_policy: group mean and population
     std, two mini-batches, so that ratios differ from 1 in the second, and a reference."""
@@ -1405,7 +1408,9 @@ def test_a_training_step_hands_every_setting_to_the_piece_that_uses_it(monkeypat
 @pytest.mark.parametrize("threshold, n_leaves, n_trees", [(0.5, 7, 3), (1e-9, 6, 2), (1e9, 5, 2)])
 def test_forks_are_where_an_independent_computation_puts_them(threshold, n_leaves, n_trees):
     """The positions of highest entropy above the threshold, over all first answers to a question,
-    computed from full forwards of those answers."""
+    computed from full forwards of those answers. Answers that begin alike have equal entropies
+    there, and any of them may be forked: the entropies of the forks are compared, not their names.
+    """
     model = tiny_model(sharpness=4.0)
     budget = 8
     torch.manual_seed(5)
@@ -1416,7 +1421,7 @@ def test_forks_are_where_an_independent_computation_puts_them(threshold, n_leave
         assert all(root.tokens == prompt for root in forest)
         assert sum(len(root.leaves()) for root in forest) == n_leaves
         forks = []
-        uncertain = []
+        uncertain = {}
         for k, root in enumerate(forest[:n_trees]):
             # The first child continues the first answer, the others are forks.
             node = root
@@ -1428,10 +1433,11 @@ def test_forks_are_where_an_independent_computation_puts_them(threshold, n_leave
             whole = Node(answer, Node(prompt))
             for position, entropy in enumerate(own_entropies(model, whole, 1.0).tolist()):
                 if entropy > threshold:
-                    uncertain.append((entropy, k, position))
-        uncertain.sort(reverse=True)
-        wanted = [(k, position) for _, k, position in uncertain[:n_leaves - n_trees]]
-        assert sorted(forks) == sorted(wanted)
+                    uncertain[k, position] = entropy
+        wanted = sorted(uncertain.values(), reverse=True)[:n_leaves - n_trees]
+        found = sorted((uncertain[fork] for fork in forks), reverse=True)
+        assert found == pytest.approx(wanted, abs=1e-4)  # rounding of two ways to batch
+        assert len(set(forks)) == len(forks)
         n_fresh = n_leaves - n_trees - len(wanted)
         assert len(forest) == n_trees + n_fresh
         for root in forest:
@@ -1511,14 +1517,12 @@ def test_asking_seldom_whether_all_rows_have_ended_changes_no_answer(tiny, monke
         tiny, decoding(temperature=0.0), (2, 1, 1), step_lens
     )
     drawn = []
-    draw = DrawToken.__call__
 
-    def draw_the_end(draw_token, ids, logits):
-        drawn.append(ids)
-        logits[:, EOS[0]] = math.inf
-        return draw(draw_token, ids, logits)
+    def draw_the_end(logits, temperature):
+        drawn.append(logits)
+        return torch.full((len(logits),), EOS[0])
 
-    monkeypatch.setattr(DrawToken, "__call__", draw_the_end)
+    monkeypatch.setattr(fixed.workspace, "draw_ids", draw_the_end)
     roots = sample_trees(tiny, PROMPTS, [2], [40], fixed)
     assert all(node.tokens == [EOS[0]] for node in nodes_of(roots))
     assert len(drawn) == 5
@@ -1596,7 +1600,7 @@ def test_the_block_is_seen_in_few_shapes_and_memory_stays_flat():
     n_tensors = []
     for seed in range(20):
         prompts = [[4] * 250, [5]] if seed % 2 else PROMPTS
-        everything(model, fixed, (9, 2), (4, 3), prompts, seed)
+        everything(model, fixed, (7, 3), (4, 3), prompts, seed)
         blocks = [block for layer in workspace.blocks for block in layer]
         addresses.append([block.data_ptr() for block in blocks])
         if seed in (9, 19):
@@ -1675,12 +1679,13 @@ def test_the_compiled_step_is_one_graph_for_all_shapes_and_reads_new_weights():
     expected = everything(plain_model, growing)
     assert everything(model, fixed) == expected
     first = dict(counters["stats"])
-    assert first["unique_graphs"] == 1
+    assert first["unique_graphs"] == 2  # the model and the draw
 
     long = [[k % 20 for k in range(250)], [7]]
-    assert everything(model, fixed, (3, 2), (9, 4), long) == everything(
-        plain_model, growing, (3, 2), (9, 4), long
-    )
+    for branching, prompts in (((3, 2), long), ((4, 3), PROMPTS)):
+        assert everything(model, fixed, branching, (9, 4), prompts) == everything(
+            plain_model, growing, branching, (9, 4), prompts
+        )
     for each in (model, plain_model):
         each.load_state_dict(tiny_model(seed=1).state_dict())
     after = everything(plain_model, growing)
@@ -1711,6 +1716,30 @@ def test_numbers_are_constants_of_the_compiled_step(compiler_defaults):
     assert torch.float32 in kinds
     assert torch.float64 not in kinds  # how Dynamo passes a number
     assert torch.SymFloat not in kinds and float not in kinds
+
+
+def test_the_compiled_draw_follows_the_softmax(compiler_defaults):
+    """With the compiler's own formula for exponential noise, which draws other random numbers.
+    Numbers of rows share a graph; a single row has its own."""
+    compile_config = compile_on_a_cpu("aot_eager_decomp_partition")
+    treerpo.set_up_compiler()
+    draw_ids = Workspace(4, 64, compile_config).draw_ids
+    generator = torch.Generator().manual_seed(0)
+    row = 2 * torch.randn(30, generator=generator)
+    row[7] = -math.inf
+    probabilities = dict(enumerate((row.double() / 0.6).softmax(-1).tolist()))
+    torch.manual_seed(3)
+    drawn = draw_ids(row.repeat(20_000, 1), 0.6)
+    assert_drawn_from(drawn.tolist(), probabilities)
+    torch.manual_seed(3)
+    assert not torch.equal(treerpo.draw_ids(row.repeat(20_000, 1), 0.6), drawn)
+    several = torch.randn(5, 30, generator=generator)
+    assert torch.equal(draw_ids(several, 0.0), several.argmax(-1))
+    counts = torch._dynamo.utils.counters["stats"]
+    assert counts["unique_graphs"] == 2  # one for each temperature
+    for n_rows in (3, 2, 1):
+        draw_ids(several[:n_rows], 0.6)
+    assert counts["unique_graphs"] == 3
 
 
 @pytest.mark.parametrize("checkpointing, n_graphs", [(False, 3), (True, 4)])
@@ -1846,7 +1875,7 @@ def test_compile_on_works_on_a_cpu(monkeypatch, capsys, compiler_defaults):
     assert found.workspace.capacity == 16 * 512  # 256 tokens and a column of padding, rounded up
     assert model.config._attn_implementation == "grouped"
     assert torch._dynamo.config.specialize_float
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the model, the draw
     first = dict(torch._dynamo.utils.counters["stats"])
     found.workspace.check_every = 1
     assert everything(model, found) == everything(tiny_model(), decoding(max_rows=16))

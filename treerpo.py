@@ -339,36 +339,47 @@ def select_rows(rows: Rows, index: list[int]) -> Rows:
     return Rows(rows.ids[picked], rows.mask[picked], kv)
 
 
-class DrawToken:
-    """The only logits processor: makes `generate`, which takes the argmax, draw from the policy.
+def perturb(logits: Tensor, temperature: float) -> Tensor:
+    """logits [R, V] -> scores [R, V] whose argmax is a draw from softmax(logits / temperature), at
+    temperature 0 the likeliest id.
 
     With e ~ Exp(1), independent for every id a, argmax_a logits(a) / T - log e(a) has distribution
     softmax(logits / T): the Gumbel-max trick. It is torch.multinomial's draw in fewer passes over
     [rows, vocabulary].
     """
+    if temperature == 0:
+        return logits
+    log_noise = torch.empty_like(logits).exponential_().log_()
+    return torch.sub(logits, log_noise, alpha=temperature, out=log_noise)  # takes no more memory
+
+
+def token_entropies(logits: Tensor, temperature: float) -> Tensor:
+    """[R, V] -> [R]: the entropies of softmax(logits / temperature), in nats."""
+    probs = (logits.float() / temperature).softmax(-1)
+    return torch.special.entr(probs).sum(-1)
+
+
+class DrawToken:
+    """The only logits processor: makes `generate`, which takes the argmax, draw from the policy."""
 
     def __init__(self, decoding: Decoding, n_rows: int) -> None:
         self.decoding = decoding
         self.n_rows = n_rows                # rows behind these only fill up a static cache
         self.entropies: list[Tensor] = []   # one [n_rows] per token
-        self.scores: Tensor | None = None   # of the newest token, checked for NaN at the end
+        self.logits: Tensor | None = None   # of the newest token, checked for NaN at the end
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        eos_id = self.decoding.eos_ids[0]
-        temperature = self.decoding.temperature
-        logits[:, self.decoding.vocab_size:] = -math.inf
-        logits[self.n_rows:, eos_id] = math.inf  # a filler row ends at once
+        logits = logits[:, :self.decoding.vocab_size]
+        self.record(logits)
+        return perturb(logits, self.decoding.temperature)
+
+    def record(self, logits: Tensor) -> None:
+        """What else is to be done at each token."""
+        self.logits = logits
         if self.decoding.progress is not None:
             self.decoding.progress(self.n_rows)
-        scores = logits[:self.n_rows]
-        if temperature > 0:
-            if self.decoding.keep_entropies:
-                probs = (scores / temperature).softmax(-1)
-                self.entropies.append(torch.special.entr(probs).sum(-1))
-            log_noise = torch.empty_like(scores).exponential_().log_()
-            scores.sub_(log_noise, alpha=temperature)
-        self.scores = scores
-        return logits
+        if self.decoding.keep_entropies:
+            self.entropies.append(token_entropies(logits, self.decoding.temperature))
 
 
 def open_rows(
@@ -435,7 +446,7 @@ def generate_tokens(
         )
     finally:
         model.generation_config = original
-    if draw_token.scores.isnan().any():  # the last ones: a NaN in the cache spoils all later ones
+    if draw_token.logits.isnan().any():  # the last ones: a NaN in the cache spoils all later ones
         raise FloatingPointError("the model's logits are not numbers; are its weights damaged?")
     new = out[:, ids.shape[1]:]
     for node, tokens in zip(nodes, new.tolist()):
@@ -1241,6 +1252,12 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
     model.set_attn_implementation("grouped")
 
 
+def draw_ids(logits: Tensor, temperature: float) -> Tensor:
+    """[R, V] of any dtype -> [R]: DrawToken and the argmax of `generate` as one function, of which
+    the compiler makes one or two kernels."""
+    return perturb(logits.float(), temperature).argmax(-1)
+
+
 def decode_ahead(
     model: torch.nn.Module,
     ids: Tensor,
@@ -1257,21 +1274,24 @@ def decode_ahead(
     that are set here, length and end tokens, are in the loop itself.
     """
     draw_token = logits_processor[0]
-    check_every = draw_token.decoding.workspace.check_every
+    n_rows = draw_token.n_rows
+    decoding = draw_token.decoding
     forward = model
     if generation_config.compile_config is not None:
         forward = model.get_compiled_call(generation_config.compile_config)
     eos_ids = torch.tensor(generation_config.eos_token_id, device=ids.device)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    tokens = torch.full_like(ids[:, 0], decoding.eos_ids[0])  # what filler rows get each time
+    ended = torch.zeros(n_rows, dtype=torch.bool, device=ids.device)
     for count in range(1, generation_config.max_new_tokens + 1):
         inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_inputs)
         output = forward(**inputs, return_dict=True)
         model_inputs = model._update_model_kwargs_for_generation(output, model_inputs)
-        logits = output.logits[:, -1].to(torch.float32, copy=True)
-        tokens = draw_token(ids, logits).argmax(-1)
+        logits = output.logits[:n_rows, -1, :decoding.vocab_size]
+        draw_token.record(logits)
+        tokens[:n_rows] = decoding.workspace.draw_ids(logits, decoding.temperature)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
-        ended |= torch.isin(tokens, eos_ids)
-        if count % check_every == 0 and ended.all():
+        ended |= torch.isin(tokens[:n_rows], eos_ids)
+        if count % decoding.workspace.check_every == 0 and ended.all():
             break
     return ids
 
@@ -1340,6 +1360,9 @@ class Workspace:
         # In tokens over all rows. One row may be twice as long: TreeAdv's forks.
         self.capacity = max(2, max_rows) * self.round_up(length)
         self.compile_config = compile_config
+        self.draw_ids = draw_ids
+        if compile_config is not None:
+            self.draw_ids = torch.compile(draw_ids, dynamic=True, backend=compile_config.backend)
         self.blocks: list[tuple[Tensor, Tensor]] = []       # keys, values of every layer
         self.caches: dict[tuple[int, int], Cache] = {}  # by shape (B, T)
 
