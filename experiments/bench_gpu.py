@@ -4,10 +4,12 @@
     python experiments/bench_gpu.py --parts decode step --questions 8
     python experiments/bench_gpu.py --parts step --questions 1 --cap 24 --shape 0.5B --max-rows 128
 
-attention  one new token's attention by other means, in microseconds
+attention  one new token's attention by other means, in microseconds, replayed as a CUDA graph
+draw       the draw of 512 next tokens, plain and compiled, in microseconds
 tokens     entropies of sampled tokens, from the compiled step and from plain forwards of the trees
-decode     milliseconds a token of one generate call, context about 600: plain; over the static
-           cache with the loop inside generate; with decode_ahead
+decode     milliseconds a token of one generate call, context about 600: as a user would call it,
+           with do_sample; with DrawToken; over the static cache with the loop inside generate; with
+           decode_ahead
 profile    the kernels of 16 tokens, to results/gpu_profile_ROWS.txt
 call_len   sampling with one and with several generate calls a step
 step       sampling and update of one training step of the paper's tree, 8 8 8 of 384 tokens. The
@@ -17,6 +19,7 @@ update     trained tokens a second, plain and compiled, with the reference model
 variants   the same without it: the full mask or the blocks of flex_attention, layers compiled or
            not
 
+--attention products makes the compiled step compute attention by two matrix products.
 --cap is the size of a smaller card in GiB, of which 1 is left to CUDA itself.
 
 Every line goes to experiments/results/gpu.jsonl with card and versions.
@@ -107,20 +110,14 @@ def seconds_of(work) -> float:
     return time.perf_counter() - start
 
 
-def decode_ms(model, rows: treerpo.Rows, n_rows: int, decoding: treerpo.Decoding) -> float:
+def decode_ms(call) -> float:
     """Of one token: the difference of a long and a short call, so that its opening cancels."""
-    def call(n_tokens: int) -> float:
-        nodes = [treerpo.Node([]) for _ in range(n_rows)]
-        index = list(range(n_rows))
-        return seconds_of(
-            lambda: treerpo.generate_tokens(model, nodes, rows, index, n_tokens, decoding)
-        )
-
     call(8)
     differences = []
     for _ in range(3):
-        long = call(80)
-        differences.append((long - call(16)) / 64)
+        long = seconds_of(lambda: call(80))
+        short = seconds_of(lambda: call(16))
+        differences.append((long - short) / 64)
     return 1000 * sorted(differences)[1]
 
 
@@ -153,6 +150,16 @@ def attention_by_efficient_kernel(query, key, value, mask, scale):
         return attention_by_sdpa(query, key, value, mask, scale)
 
 
+def attention_by_gqa(query, key, value, mask, scale):
+    """The kernel itself finds the key head of a query head."""
+    batch, n_key_heads, group, width = query.shape
+    heads = query.reshape(batch, n_key_heads * group, 1, width)
+    out = scaled_dot_product_attention(
+        heads, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out.reshape(query.shape)
+
+
 def attention_by_flex(query, key, value, mask, scale):
     visible = mask[:, 0, 0]
 
@@ -162,12 +169,21 @@ def attention_by_flex(query, key, value, mask, scale):
     return flex_attention(query, key, value, score_mod=mask_scores, scale=scale)
 
 
+def attend_by_products() -> None:
+    """In treerpo.grouped_attention."""
+    def attend(query, key, value, attn_mask, scale):
+        return attention_by_products(query, key, value, attn_mask, scale)
+
+    treerpo.scaled_dot_product_attention = attend
+
+
 def bench_attention(log: Log) -> None:
     """Six query heads share one of two key heads, as in grouped_attention."""
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph
     functions = {
         "sdpa": attention_by_sdpa,
         "sdpa, efficient kernel": attention_by_efficient_kernel,
+        "sdpa, enable_gqa": attention_by_gqa,
         "products, compiled": torch.compile(attention_by_products, dynamic=True),
         "flex, compiled": torch.compile(attention_by_flex, dynamic=True),
     }
@@ -179,12 +195,36 @@ def bench_attention(log: Log) -> None:
             mask = torch.zeros(n_rows, 1, 1, length, dtype=torch.bool, device="cuda")
             mask[..., 3:length - 100] = True
             arguments = (query, key, value, mask, 128**-0.5)
-            gap = (function(*arguments) - attention_by_sdpa(*arguments)).abs().max()
-            ms = do_bench(lambda: function(*arguments), warmup=10, rep=60)
+            try:
+                found = function(*arguments)
+                # Launched one by one, short kernels would wait for the CPU. The keys are larger
+                # than any cache of the GPU.
+                ms = do_bench_cudagraph(lambda: function(*arguments), rep=60)
+            except RuntimeError as error:
+                log(part="attention", how=name, rows=n_rows, length=length, error=str(error)[:300])
+                continue
+            gap = (found - attention_by_sdpa(*arguments)).abs().max()
             log(
-                part="attention", how=name, rows=n_rows, length=length, us=round(1000 * ms),
-                tb_per_s=round(4 * key.numel() / ms / 1e9, 2), largest_gap=round(gap.item(), 4),
+                part="attention", how=name, in_cuda_graph=True, rows=n_rows, length=length,
+                us=round(1000 * ms), tb_per_s=round(4 * key.numel() / ms / 1e9, 2),
+                largest_gap=round(gap.item(), 4),
             )
+    forget_graphs()
+
+
+def bench_draw(log: Log) -> None:
+    """Plain: as inside `generate`. Compiled: as in decode_ahead."""
+    from triton.testing import do_bench
+    draw_token = treerpo.DrawToken(treerpo.Decoding((EOS_ID,), N_TOKENS, 1.0), 512)
+    compiled = torch.compile(treerpo.draw_ids, dynamic=True)
+    logits = torch.randn(512, 151_936, device="cuda", dtype=torch.bfloat16)
+
+    def draw_plainly() -> torch.Tensor:
+        return draw_token(None, logits.to(torch.float32, copy=True)).argmax(-1)
+
+    plain_ms = do_bench(draw_plainly)
+    compiled_ms = do_bench(lambda: compiled(logits[:, :N_TOKENS], 1.0))
+    log(part="draw", plain_us=round(1000 * plain_ms), compiled_us=round(1000 * compiled_ms))
     forget_graphs()
 
 
@@ -226,36 +266,58 @@ def bench_profile(model, static: treerpo.Decoding, folder: Path) -> None:
         (folder / f"gpu_profile_{n_rows}.txt").write_text(table)
 
 
-def bench_decode(model, plain: treerpo.Decoding, static: treerpo.Decoding, log: Log) -> None:
-    padding = treerpo.Workspace.padding
+def bench_decode(
+    model, plain: treerpo.Decoding, static: treerpo.Decoding, args: argparse.Namespace, log: Log
+) -> None:
     decode_ahead = treerpo.decode_ahead
     for n_rows in (512, 128):
         with torch.no_grad():
-            rows = treerpo.prefill(model, random_prompts(n_rows, 568), EOS_ID, padding)
-        ms_ahead = decode_ms(model, rows, n_rows, static)
+            rows = treerpo.prefill(
+                model, random_prompts(n_rows, 568), EOS_ID, treerpo.Workspace.padding
+            )
+
+        def sample_from(decoding: treerpo.Decoding):
+            def call(n_tokens: int) -> None:
+                nodes = [treerpo.Node([]) for _ in range(n_rows)]
+                index = list(range(n_rows))
+                treerpo.generate_tokens(model, nodes, rows, index, n_tokens, decoding)
+            return call
+
+        def stock_call(n_tokens: int) -> None:
+            picked = treerpo.select_rows(rows, list(range(n_rows)))
+            model.generate(
+                picked.ids, attention_mask=picked.mask,
+                past_key_values=transformers.DynamicCache(picked.kv), max_new_tokens=n_tokens,
+                do_sample=True, temperature=1.0, top_k=0, pad_token_id=EOS_ID,
+            )
+
+        ahead_ms = decode_ms(sample_from(static))
         treerpo.decode_ahead = None
-        ms_static = decode_ms(model, rows, n_rows, static)
+        static_ms = decode_ms(sample_from(static))
         treerpo.decode_ahead = decode_ahead
-        ms_plain = decode_ms(model, rows, n_rows, plain)
+        model.set_attn_implementation("sdpa")
+        plain_ms = decode_ms(sample_from(plain))
+        stock_ms = decode_ms(stock_call)
+        model.set_attn_implementation("grouped")
         log(
-            part="decode", rows=n_rows, context=600, plain_ms=round(ms_plain, 2),
-            static_ms=round(ms_static, 2), ahead_ms=round(ms_ahead, 2),
-            ratio=round(ms_plain / ms_ahead, 2), **graph_counts(),
+            part="decode", attention=args.attention, rows=n_rows, context=600,
+            stock_ms=round(stock_ms, 2), plain_ms=round(plain_ms, 2),
+            static_ms=round(static_ms, 2), ahead_ms=round(ahead_ms, 2),
+            ratio=round(stock_ms / ahead_ms, 2), **graph_counts(),
         )
         del rows
         torch.cuda.empty_cache()
 
 
-def end_by_chance(rate: float) -> None:
+def end_by_chance(workspace: treerpo.Workspace, rate: float) -> None:
     """Make the random model end an answer with this probability a token."""
-    draw = treerpo.DrawToken.__call__
+    draw_ids = workspace.draw_ids
 
-    def draw_with_ends(self, input_ids, logits):
-        others = logits[:, :N_TOKENS].logsumexp(-1)
-        logits[:, EOS_ID] = others + math.log(rate / (1 - rate))
-        return draw(self, input_ids, logits)
+    def draw_or_end(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        ends = torch.rand(len(logits), device=logits.device) < rate
+        return draw_ids(logits, temperature).masked_fill(ends, EOS_ID)
 
-    treerpo.DrawToken.__call__ = draw_with_ends
+    workspace.draw_ids = draw_or_end
 
 
 def reward_by_chance(trees: list[treerpo.Node]) -> None:
@@ -452,7 +514,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = [
-        "attention", "tokens", "decode", "profile", "call_len", "step", "flat", "update",
+        "attention", "draw", "tokens", "decode", "profile", "call_len", "step", "flat", "update",
         "variants",
     ]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
@@ -461,6 +523,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="1.5B")
     parser.add_argument("--max-rows", type=int, default=512)
     parser.add_argument("--pack-len", type=int, default=4096, help="of parts step and flat")
+    parser.add_argument("--attention", choices=["sdpa", "products"], default="sdpa")
     parser.add_argument("--grad-checkpointing", action="store_true")
     parser.add_argument("--cap", type=int, help="use no more memory than a card of this many GiB")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.jsonl")
@@ -476,7 +539,11 @@ def main() -> None:
     parts = set(args.parts)
     if "attention" in parts:
         bench_attention(log)
-    if parts - {"attention", "update", "variants"}:
+    if "draw" in parts:
+        bench_draw(log)
+    if args.attention == "products":
+        attend_by_products()
+    if parts - {"attention", "draw", "update", "variants"}:
         length = LONGEST_PROMPT + DEPTH * STEP_LEN
         start = time.perf_counter()
         static = treerpo.add_workspace(sampler, plain, length, "on")
@@ -484,10 +551,11 @@ def main() -> None:
     if "tokens" in parts:
         check_tokens(sampler, static, log)
     if "decode" in parts:
-        bench_decode(sampler, plain, static, log)
+        bench_decode(sampler, plain, static, args, log)
     if "profile" in parts:
         bench_profile(sampler, static, args.out.parent)
-    end_by_chance(1 / 500)
+    if parts & {"call_len", "step", "flat"}:
+        end_by_chance(static.workspace, 1 / 500)
     if "call_len" in parts:
         bench_call_len(sampler, static, log)
     if not parts & {"update", "variants", "step", "flat"}:
