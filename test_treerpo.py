@@ -839,6 +839,19 @@ def test_the_loss_by_its_formula(ratio, eps):
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_the_loss_has_the_precision_of_the_log_probs(ratio):
+    """The advantages of a group come in float64."""
+    logps = torch.tensor([-1.0, -2.0, -0.5])
+    loss, statistics = policy_loss(
+        logps, logps, None, torch.ones(3), torch.tensor([0, 0, 1]),
+        group_relative_advantages([1.0, 0.0], "std"), 3, 2, ratio, 0.2, 0.0, 0.0,
+    )
+    assert loss.dtype == statistics.dtype == torch.float32
+    # Ratios are 1: minus the mean advantage of the three tokens, 1, 1 and -1, or of the two steps.
+    assert loss.item() == pytest.approx(-1 / 3 if ratio == "token" else 0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_the_gradient_of_the_loss_by_its_formula(ratio):
     """d loss / d log pi, term by term. Where the clip decides, or the clamp, it is zero."""
     loss, _, logps, entropies = loss_of(ratio)
@@ -1344,9 +1357,9 @@ def noted_calls(monkeypatch, name):
     original = getattr(treerpo, name)
     calls = []
 
-    def noting(*arguments):
-        calls.append(inspect.signature(original).bind(*arguments).arguments)
-        return original(*arguments)
+    def noting(*arguments, **named):
+        calls.append(inspect.signature(original).bind(*arguments, **named).arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(treerpo, name, noting)
     return calls
@@ -3379,7 +3392,9 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer, capsys, c
     kept = fit(questions, tokenizer, **changes)
     assert [entry["question"] for entry in kept] == ["a"]
     assert kept[0]["prompt"] == tokenizer.encode("a")
-    assert "1 questions, 1 left out as longer than 4 tokens" in capsys.readouterr().out
+    budget = 56
+    told = f"1 questions, 1 left out as longer than 4 tokens; an answer has up to {budget}"
+    assert told in capsys.readouterr().out
     with pytest.raises(BadInput, match="more than 4 tokens; raise --max-prompt-len"):
         fit(questions[1:], tokenizer, **changes)
 
@@ -4224,9 +4239,9 @@ def test_in_mixed_precision_the_sampler_is_the_cast_of_the_trained_weights(tmp_p
         used.append({name: value.clone() for name, value in model.named_parameters()})
         return sample_trees(model, *args)
 
-    def update(model, reference, *args):
+    def update(model, reference, *args, **named):
         references.append(reference)
-        return update_policy(model, reference, *args)
+        return update_policy(model, reference, *args, **named)
 
     monkeypatch.setattr(treerpo, "sample_trees", sample)
     monkeypatch.setattr(treerpo, "update_policy", update)
@@ -4588,8 +4603,8 @@ def test_a_second_process_on_the_folder_is_refused(tmp_path, launcher, capsys):
     assert steps == list(range(len(steps)))
 
 
-def press_ctrl_c(patch, name, at_call, times=1):
-    """Ctrl-C during the given call of this function of treerpo."""
+def press_ctrl_c(patch, name, at_call, times=1, number=signal.SIGINT):
+    """Ctrl-C, or another signal, during the given call of this function of treerpo."""
     original = getattr(treerpo, name)
     calls = []
 
@@ -4597,7 +4612,7 @@ def press_ctrl_c(patch, name, at_call, times=1):
         calls.append(name)
         if len(calls) == at_call:
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         return original(*args, **kwargs)
 
     patch.setattr(treerpo, name, wrapper)
@@ -4606,37 +4621,72 @@ def press_ctrl_c(patch, name, at_call, times=1):
 @pytest.mark.parametrize(
     "function, call, saved",
     [
-        ("evaluate", 1, 1),         # before training
+        ("evaluate", 1, 0),         # before training: nothing to save yet
         ("sample_trees", 3, 1),     # after two of the evaluation: step 1
         ("update_policy", 2, 2),
         ("evaluate", 2, 2),         # of step 2
         ("save_checkpoint", 1, 4),  # the last one, when everything is done
     ],
 )
-def test_ctrl_c_saves_the_finished_step(whole, tmp_path, capsys, function, call, saved):
+def test_ctrl_c_saves_the_finished_step(whole, tmp_path, capfd, function, call, saved):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         press_ctrl_c(patch, function, call)
         status = run("--out", out, *with_changes(WHOLE, save_every=100))
     assert status == (130 if saved < 4 else 0)
-    assert [path.name for path in out.glob("checkpoint*")] == [f"checkpoint-{saved}"]
+    checkpoints = [path.name for path in out.glob("checkpoint*")]
+    assert checkpoints == ([f"checkpoint-{saved}"] if saved > 0 else [])
     assert metrics(out)[-1]["step"] == saved
+    screen = capfd.readouterr()
+    assert "stopping after this step" in screen.err
     if saved < 4:
-        assert f"--resume {out}" in capsys.readouterr().out
+        assert f"--resume {out}" in screen.out
         assert run("--resume", out) == 0
+        told = "no checkpoint yet" if saved == 0 else f"continuing from {out}/checkpoint-{saved}"
+        assert told in capfd.readouterr().out
     assert_same_run(out, whole)
 
 
-def test_a_second_ctrl_c_stops_at_once(whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_stops_at_once(whole, tmp_path, monkeypatch, capsys, number):
+    """So does a second SIGTERM. Both signals do afterwards what they did before."""
     out = tmp_path / "run"
+    before = signal.getsignal(number)
     with pytest.MonkeyPatch.context() as patch:
-        press_ctrl_c(patch, "update_policy", at_call=3, times=2)
+        press_ctrl_c(patch, "update_policy", at_call=3, times=2, number=number)
         assert run("--out", out, *WHOLE) == 130
+    assert signal.getsignal(number) is before
     gc.collect()
     assert treerpo.newest_checkpoint(out).name == "checkpoint-2"
-    assert "Traceback" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "stopped at once" in told
     assert run("--resume", out) == 0
     assert_same_run(out, whole)
+
+
+def test_sigterm_saves_the_finished_step_as_ctrl_c_does(whole, tmp_path):
+    """It is what batch systems send before they kill."""
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c(patch, "update_policy", at_call=3, number=signal.SIGTERM)
+        assert run("--out", out, *with_changes(WHOLE, save_every=100)) == 130
+    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-3"]
+    assert run("--resume", out) == 0
+    assert_same_run(out, whole)
+
+
+def test_print_tree_shows_all_trees_of_the_question(tmp_path, monkeypatch):
+    """TreeAdv compares the answers of several."""
+    shown = []
+    monkeypatch.setattr(treerpo, "print_tree", lambda root, *others: shown.append(root))
+    flags = ["--algo", "treeadv", "--steps", "1", "--print-tree", "--out", tmp_path / "run"]
+    assert run(*TINY, *flags, "--dump-trees", tmp_path / "trees.jsonl") == 0
+    assert len(shown) > 1
+    assert {root.question for root in shown} == {shown[0].question}
+    rows = read_lines(tmp_path / "trees.jsonl")
+    of_question = [row for row in rows if row["question_id"] == rows[0]["question_id"]]
+    assert sum(len(root.steps()) + 1 for root in shown) == len(of_question)
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(whole, tmp_path, capsys):

@@ -9,7 +9,7 @@ One training step:
   3. Prune: siblings form a step-level group. A group is kept iff its rewards differ by more than
      tau (§3.2, Eq. 1-2).
   4. Compare: the advantage of a child is its reward relative to its group,
-     A = (R - mu) / (mu (1 - mu)) (§3.3, Eq. 3-4).
+     A = (R - mu) / (mu (1 - mu)) (§3.3, Eq. 4; Eq. 3 divides by the standard deviation instead).
   5. Update: a clipped policy gradient with a KL term (§3.4, Eq. 5) and an entropy bonus (§4)
      trains the tokens of every step whose group was kept.
 `train_step` is these five lines in code. A "step" of an answer is one Node; a training step is one
@@ -109,13 +109,13 @@ class DataSettings:
 class TreeSettings:
     _argument_group_name = "tree (§3.1)"
     algo: Literal["treerpo", "grpo", "gspo", "treeadv"] = flag(
-        "treerpo", "the paper's method, or one that it is compared with [paper §4]"
+        "treerpo", "grpo is the paper's baseline [paper §4]; gspo, treeadv: of later papers"
     )
     branching: list[int] = flag([8, 8, 8], "children of a node, one number per level [paper §4]")
     step_len: list[int] = flag(
         [384], "most tokens of a step, one number, or one per level [paper §4]"
     )
-    temperature: float = flag(0.6, "of sampling, log-probs and evaluation alike [paper §4]")
+    temperature: float = flag(0.6, "of sampling and evaluation [paper §4], and of log-probs [code]")
     questions_per_step: int = flag(16, "questions of one batch [paper Fig. 6]")
     leaves: int = flag(8, "treeadv: answers to a question in all [ours]")
     trees: int = flag(4, "treeadv: first answers to a question, the others fork from them [ours]")
@@ -143,7 +143,7 @@ class LearningSettings:
     minibatches: int = flag(
         2, "optimiser steps on each batch [paper §4], cut by question [ours]"
     )
-    lr: float = flag(1e-6, "learning rate of AdamW [paper §4], constant [code]")
+    lr: float = flag(1e-6, "learning rate [paper §4], of AdamW and constant [code]")
     seed: int = flag(0, "of sampling, data order and evaluation [ours]")
 
 
@@ -186,10 +186,12 @@ class Settings(OutputSettings, SpeedSettings, LearningSettings, TreeSettings, Da
     """
 
 
-# Presets apply in this order: DEMO (without --model), ALGORITHMS, DEMO_WHOLE_ANSWERS (DEMO without
-# a tree), SEQUENCE_CLIP_EPS (sequence ratios), given flags.
+# complete_settings, near the end, applies these presets in turn: DEMO (without --model), ALGORITHMS,
+# DEMO_WHOLE_ANSWERS (DEMO without a tree), SEQUENCE_CLIP_EPS (sequence ratios), given flags.
+
 # What --algo NAME changes: whole answers, as long as three steps of 384 tokens, instead of a tree;
-# Eq. 3; and GSPO's ratio. TreeAdv takes --leaves and --trees for --branching.
+# Eq. 3; and GSPO's ratio. TreeAdv takes --leaves and --trees for --branching. All prune groups
+# whose rewards do not spread, which in the other papers stay in the mean [ours].
 WHOLE_ANSWERS = {"branching": [8], "step_len": [1152], "normalizer": "std"}
 ALGORITHMS = {
     "treerpo": {},
@@ -247,7 +249,7 @@ class Node:
     The root's children form the group {.037, .444, .852}: mu = .444, mu (1 - mu) = .247, so by
     Eq. 4 their advantages are -1.65, 0 and +1.65.
     """
-    tokens: list[int]                       # this step's own token ids, its end token included
+    tokens: list[int]                       # this step's own ids, one at least; its end token, too
     parent: "Node | None" = field(default=None, repr=False)
     children: list["Node"] = field(default_factory=list, repr=False)
     done: bool = False                      # ended by an end-of-sequence token
@@ -344,8 +346,8 @@ def perturb(logits: Tensor, temperature: float) -> Tensor:
     temperature 0 the likeliest id.
 
     With e ~ Exp(1), independent for every id a, argmax_a logits(a) / T - log e(a) has distribution
-    softmax(logits / T): the Gumbel-max trick. It is torch.multinomial's draw in fewer passes over
-    [rows, vocabulary].
+    softmax(logits / T): the Gumbel-max trick. The scores here are T times that. It is
+    torch.multinomial's draw in fewer passes over [rows, vocabulary].
     """
     if temperature == 0:
         return logits
@@ -360,7 +362,8 @@ def token_entropies(logits: Tensor, temperature: float) -> Tensor:
 
 
 class DrawToken:
-    """The only logits processor: makes `generate`, which takes the argmax, draw from the policy."""
+    """The only logits processor: makes `generate`, which takes the argmax, draw from the policy.
+    decode_ahead, the loop for a static cache, draws by itself and calls `record` alone."""
 
     def __init__(self, decoding: Decoding, n_rows: int) -> None:
         self.decoding = decoding
@@ -374,7 +377,7 @@ class DrawToken:
         return perturb(logits, self.decoding.temperature)
 
     def record(self, logits: Tensor) -> None:
-        """What else is to be done at each token."""
+        """Progress, entropies, and the logits themselves, for each token."""
         self.logits = logits
         if self.decoding.progress is not None:
             self.decoding.progress(self.n_rows)
@@ -478,6 +481,7 @@ def take_step(
         new_tokens = min(step_len, decoding.call_len)
         rows = generate_tokens(model, nodes, rows, index, new_tokens, decoding)
         step_len -= new_tokens
+        # Row k is now that of nodes[k], so the unfinished nodes' numbers are those of their rows.
         index = [k for k, node in enumerate(nodes) if not node.done]
         if step_len == 0 or not index:
             return rows, index
@@ -504,11 +508,11 @@ def grow(
     for start in range(0, len(row_of_child), width):
         chunk = row_of_child[start:start + width]
         children = [Node([], nodes[i]) for i in chunk]
-        end, index = take_step(model, children, rows, chunk, step_lens[0], decoding)
+        after, index = take_step(model, children, rows, chunk, step_lens[0], decoding)
         unfinished = [child for child in children if not child.done]
         if unfinished and len(branching) > 1:
-            unfinished_rows = select_rows(end, index)  # copies: the next call may overwrite end
-            del end  # its memory is needed below
+            unfinished_rows = select_rows(after, index)  # copies: the next call may overwrite them
+            del after  # its memory is needed below
             grow(model, unfinished, unfinished_rows, branching[1:], step_lens[1:], decoding)
 
 
@@ -738,9 +742,10 @@ def pack_row(pack: dict[Node, bool], device: torch.device, padded: bool = False)
 
 
 def may_look(enter: Tensor, leave: Tensor, at: Tensor, to: Tensor) -> Tensor:
-    """Whether the token in column `at` may see the one in column `to`: if that comes no later, and
-    belongs to the same step or to an ancestor of it."""
-    return (to <= at) & (enter[to] <= enter[at]) & (enter[at] < leave[to])
+    """Whether the token in column `at` may see the one in column `to`: if `to` does not stand
+    behind `at`, and its node is the node of `at` or an ancestor of it. As nodes stand depth-first,
+    those are the ones before `at` whose descendants have not all passed."""
+    return (to <= at) & (enter[at] < leave[to])
 
 
 def ancestor_mask(model: torch.nn.Module, row: PackedRow) -> Tensor | BlockMask:
@@ -827,6 +832,7 @@ def policy_loss(
     Raises ValueError for an unknown ratio.
     """
     log_ratio = logps - old_logps
+    advantages = advantages.to(logps.dtype)
     if ratio == "token":
         n_units = n_tokens
         advantages = advantages[step_of]
@@ -860,8 +866,9 @@ def by_question(trees: list[Node]) -> dict[int, list[Node]]:
 
 
 def split_by_question(trees: list[Node], n_parts: int) -> list[list[Node]]:
-    """Cut a batch into mini-batches [ours]: the questions that have trained steps, in n_parts parts
-    of about equal numbers of trained tokens; fewer if there are fewer questions."""
+    """Cut a batch into mini-batches [ours]: the questions that have trained steps, dealt out in
+    turn to n_parts parts from the one with most trained tokens on, so that the first part is the
+    largest; fewer parts if there are fewer questions."""
     sizes = []  # (trained tokens, question)
     forests = by_question(trees)
     for question, forest in forests.items():
@@ -903,7 +910,8 @@ def optimizer_step(
     device = model.device.type
     total_loss = torch.zeros((), device=model.device)
     totals = torch.zeros(3, device=model.device)
-    with torch.autocast(device, torch.bfloat16, enabled=mixed):  # casts the weights once
+    # Autocast keeps its bf16 copies of the weights to the end of its block: one block for all rows.
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
         for row in rows:
             logps, entropies = token_logps(model, row, temperature, vocab_size)
             # None in the first mini-batch, whose ratios are 1.
@@ -912,7 +920,7 @@ def optimizer_step(
                 logps, old_logps, row.ref_logps, entropies, row.step_of, row.advantages,
                 batch_tokens, batch_steps, ratio, clip_eps, kl_coef, entropy_coef,
             )
-            with torch.autocast(device, enabled=False):  # it is not meant for backward passes
+            with torch.autocast(device, enabled=False):  # which is for forward passes only
                 loss.backward()
             total_loss += loss.detach()
             totals += statistics
@@ -969,8 +977,8 @@ def update_policy(
 ) -> dict[str, float | bool | None]:
     """One optimiser step for each mini-batch of these trees (§4) -> the metrics of the batch.
 
-    Old and reference log-probs are taken before the first optimiser step. The first mini-batch
-    needs no pass for the old ones: the policy has not moved yet, so its ratios are 1 and it clips
+    Old and reference log-probs are taken before the first optimiser step, and not from sampling,
+    whose rounding is another. The first mini-batch needs no pass for the old ones: the policy has not moved yet, so its ratios are 1 and it clips
     nothing. clip_ratio and grad_norm are those of the last mini-batch. progress is called with the
     tokens of each row, once before the optimiser steps and once in them.
     """
@@ -1082,9 +1090,20 @@ def train_step(
     # 5. Update.
     status.phase("updating")
     update = update_policy(
-        model, reference, optimizer, trees, settings.minibatches, settings.pack_len,
-        mixed, settings.temperature, decoding.vocab_size, settings.ratio,
-        settings.clip_eps, settings.kl_coef, settings.entropy_coef, status.tokens,
+        model,
+        reference,
+        optimizer,
+        trees,
+        minibatches=settings.minibatches,
+        pack_len=settings.pack_len,
+        mixed=mixed,
+        temperature=settings.temperature,
+        vocab_size=decoding.vocab_size,
+        ratio=settings.ratio,
+        clip_eps=settings.clip_eps,
+        kl_coef=settings.kl_coef,
+        entropy_coef=settings.entropy_coef,
+        progress=status.tokens,
     )
     if mixed:
         sampler.load_state_dict(model.state_dict())  # the trained weights, rounded to bf16
@@ -1103,7 +1122,7 @@ def train_step(
 # GSPO is policy_loss with ratio "sequence". TreeAdv grows other trees and compares other groups:
 # a forest of answers that fork where the policy was uncertain, and leaf advantages that are
 # redistributed to the steps. Only its abstract and summaries could be read, so the details (one
-# round of forks, positions of highest entropy, the plain mean) are ours.
+# round of forks, positions of highest entropy, the plain mean, pruning) are ours.
 def pick_forks(rollouts: list[Node], n_forks: int, threshold: float) -> list[list[int]]:
     """The up to n_forks positions of highest entropy above the threshold (nats) in these answers to
     one question -> for every answer the sorted positions whose token a fork draws once more."""
@@ -1357,7 +1376,8 @@ class Workspace:
 
     def __init__(self, max_rows: int, length: int, compile_config: CompileConfig | None) -> None:
         self.max_rows = max_rows
-        # In tokens over all rows. One row may be twice as long: TreeAdv's forks.
+        # In tokens over all rows. One row may be twice as long: TreeAdv continues a late fork, whose
+        # prompt is nearly a whole answer, together with an early one, which may grow by as much.
         self.capacity = max(2, max_rows) * self.round_up(length)
         self.compile_config = compile_config
         self.draw_ids = draw_ids
@@ -1383,7 +1403,7 @@ class Workspace:
         length = self.round_up(past + new_tokens)
         batch = math.ceil(len(index) / self.row_multiple) * self.row_multiple
         batch = min(batch, self.most_rows(length))
-        cache = self.cache(rows.kv, batch, length)
+        cache = self.cache_of_shape(rows.kv, batch, length)
         filler = [index[-1]] * (batch - len(index))
         picked = torch.tensor(index + filler, device=rows.ids.device)
         for layer, (keys, values) in zip(cache.layers, rows.kv):
@@ -1393,7 +1413,9 @@ class Workspace:
             layer.cumulative_length.fill_(past)
         return rows.ids[picked], rows.mask[picked], cache
 
-    def cache(self, kv: list[tuple[Tensor, Tensor]], batch: int, length: int) -> Cache:
+    def cache_of_shape(
+        self, kv: list[tuple[Tensor, Tensor]], batch: int, length: int
+    ) -> Cache:
         """The blocks viewed as a cache of this shape, made once for each shape. Of kv only heads,
         widths and dtypes count; open_rows copies the contents."""
         if not self.blocks:
@@ -1405,11 +1427,11 @@ class Workspace:
             for blocks, tensors in zip(self.blocks, kv):
                 keys = self.view(blocks[0], tensors[0], batch, length)
                 values = self.view(blocks[1], tensors[1], batch, length)
-                layers.append(self.layer(keys, values))
+                layers.append(self.make_layer(keys, values))
             self.caches[batch, length] = Cache(layers=layers)
         return self.caches[batch, length]
 
-    def layer(self, keys: Tensor, values: Tensor) -> StaticLayer:
+    def make_layer(self, keys: Tensor, values: Tensor) -> StaticLayer:
         """A layer of transformers' static cache in this memory, where it would take its own."""
         layer = StaticLayer(keys.shape[2])
         layer.keys = keys
@@ -3590,7 +3612,10 @@ def fit_prompts(
         f"--step-len, as an answer of {budget} must fit into the context of {context}, too",
     )
     left_out = len(questions) - len(kept)
-    print(f"{name}: {len(kept)} questions, {left_out} left out as longer than {longest} tokens")
+    print(
+        f"{name}: {len(kept)} questions, {left_out} left out as longer than {longest} tokens; an "
+        f"answer has up to {budget}"
+    )
     return kept
 
 
@@ -3701,7 +3726,7 @@ def add_workspace(
     if mode == "off" or (mode == "auto" and not on_cuda):
         return decoding
     compile_config = CompileConfig(dynamic=True)
-    compile_config._compile_all_devices = True
+    compile_config._compile_all_devices = True  # else --compile on would be ignored on a CPU
     length += Workspace.padding
     workspace = Workspace(decoding.max_rows, length, compile_config)
     static = dataclasses.replace(decoding, workspace=workspace)
@@ -4048,19 +4073,24 @@ def print_tree(root: Node, question: dict, tokenizer: object) -> None:
 # ---------------------------------------------------------------------------- The training loop
 class CtrlC:
     """Inside `with`, the first Ctrl-C is only noted: the run ends after its step. The second one
-    stops at once."""
+    stops at once. SIGTERM, by which batch systems end a job, counts as Ctrl-C."""
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self) -> "CtrlC":
         self.pressed = False
-        self.original = signal.signal(signal.SIGINT, self.press)
+        self.originals = [signal.signal(number, self.press) for number in self.signals]
         return self
 
     def press(self, number: int, frame: object) -> None:
         self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in self.signals:
+            signal.signal(number, signal.default_int_handler)
+        # print could meet itself here: a signal may come in the middle of another print.
+        os.write(2, b"\nstopping after this step or evaluation; Ctrl-C again: at once\n")
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self.original)
+        for number, original in zip(self.signals, self.originals):
+            signal.signal(number, original)
 
 
 def open_run(settings: Settings) -> tuple[Path, object]:
@@ -4158,7 +4188,7 @@ def load_models(
 def restore(resumed: Path | None, optimizer: torch.optim.Optimizer) -> dict:
     """Optimiser and random numbers of the checkpoint, if there is one -> its newest metrics."""
     if resumed is None:
-        return {"step": -1, "tokens_sampled": 0, "skipped": 0}
+        return {"step": -1, "tokens_sampled": 0, "skipped": 0}  # -1: before the evaluation, step 0
     state = load_trainer_state(resumed)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
@@ -4190,19 +4220,21 @@ def set_up(settings: Settings) -> Run:
     model, sampler, reference = load_models(settings, weights, device, dtype)
     decoding = make_decoding(model, tokenizer, settings.temperature, settings.max_rows)
     decoding = add_workspace(sampler, decoding, length, settings.compile)
-    if decoding.workspace is not None and dtype == "mixed":
+    if decoding.workspace is not None and dtype == "mixed":  # the one dtype that was measured
         compile_training(model, settings.compile)
         if reference is not None:
             compile_training(reference, settings.compile)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.lr,
-        betas=(0.9, 0.999),
-        weight_decay=0.01,
+        betas=(0.9, 0.999),  # [code]
+        weight_decay=0.01,  # [code]
         fused=device == "cuda",  # without a second copy of the weights
     )
     torch.manual_seed(settings.seed)
     last = restore(resumed, optimizer)
+    if settings.resume is not None:
+        print(f"continuing from {resumed or 'the beginning, as there is no checkpoint yet'}")
     cut_log(out / "metrics.jsonl", last["step"])
     if settings.dump_trees:
         cut_log(Path(settings.dump_trees), last["step"])
@@ -4230,7 +4262,9 @@ def run_step(run: Run, step: int, settings: Settings, status: Status) -> dict:
     if settings.dump_trees:
         append_jsonl(settings.dump_trees, tree_rows(trees, batch, step, run.tokenizer))
     if settings.print_tree and step % settings.print_tree == 0:
-        print_tree(trees[0], batch[trees[0].question], run.tokenizer)
+        first = trees[0].question
+        for root in by_question(trees)[first]:
+            print_tree(root, batch[first], run.tokenizer)
     return row
 
 
@@ -4245,6 +4279,7 @@ def evaluate_run(run: Run, settings: Settings, status: Status) -> dict[str, floa
 
 
 def log(run: Run, row: dict, steps: int) -> None:
+    """Write a row of metrics, and make it the newest one, which a checkpoint holds."""
     append_jsonl(run.out / "metrics.jsonl", [row])
     run.last.update(row)
     tqdm.write(step_line(row, steps))
@@ -4297,6 +4332,9 @@ def train(settings: Settings) -> int:
     with CtrlC() as ctrl_c:
         if run.last["step"] < 0:
             evaluate_before_training(run, settings)
+        if ctrl_c.pressed:
+            print(f"stopped; start again with: python treerpo.py --resume {run.out}")
+            return 130
         status = run_steps(run, settings, ctrl_c)
     if status == 0:
         print(closing_lines(run.out, settings.model))
@@ -4368,7 +4406,7 @@ def make_parser() -> HfArgumentParser:
         f"--algo grpo: {describe(ALGORITHMS['grpo'])}",
         f"--algo gspo: {describe(ALGORITHMS['gspo'])} --clip-eps {SEQUENCE_CLIP_EPS}",
         "--algo treeadv: as grpo, with --leaves and --trees instead of --branching",
-        "Exit status: 0 done, 2 bad input, 130 interrupted (after saving), 1 anything else.",
+        "Exit status: 0 done, 2 bad input, 130 interrupted (once: saved; twice: not), 1 all else.",
     ]
     return HfArgumentParser(
         GROUPS,
@@ -4568,6 +4606,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"treerpo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped at once; --resume continues from a run's last checkpoint", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
         if "memory" in f"{type(error).__name__} {error}".lower():
