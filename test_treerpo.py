@@ -1531,9 +1531,9 @@ def test_asking_seldom_whether_all_rows_have_ended_changes_no_answer(tiny, monke
     )
     drawn = []
 
-    def draw_the_end(logits, temperature):
+    def draw_the_end(logits, n_rows, vocab_size, temperature):
         drawn.append(logits)
-        return torch.full((len(logits),), EOS[0])
+        return torch.full((n_rows,), EOS[0])
 
     monkeypatch.setattr(fixed.workspace, "draw_ids", draw_the_end)
     roots = sample_trees(tiny, PROMPTS, [2], [40], fixed)
@@ -1733,26 +1733,57 @@ def test_numbers_are_constants_of_the_compiled_step(compiler_defaults):
 
 def test_the_compiled_draw_follows_the_softmax(compiler_defaults):
     """With the compiler's own formula for exponential noise, which draws other random numbers.
-    Numbers of rows share a graph; a single row has its own."""
+    Numbers of rows share a graph, whether all are drawn for or some; a single row has its own."""
     compile_config = compile_on_a_cpu("aot_eager_decomp_partition")
     treerpo.set_up_compiler()
-    draw_ids = Workspace(4, 64, compile_config).draw_ids
+    draw = Workspace(4, 64, compile_config).draw_ids
     generator = torch.Generator().manual_seed(0)
-    row = 2 * torch.randn(30, generator=generator)
+    row = 2 * torch.randn(32, generator=generator)
     row[7] = -math.inf
-    probabilities = dict(enumerate((row.double() / 0.6).softmax(-1).tolist()))
+    logits = row.repeat(20_000, 1, 1)
+    probabilities = dict(enumerate((row[:30].double() / 0.6).softmax(-1).tolist()))
     torch.manual_seed(3)
-    drawn = draw_ids(row.repeat(20_000, 1), 0.6)
+    drawn = draw(logits, 20_000, 30, 0.6)
     assert_drawn_from(drawn.tolist(), probabilities)
     torch.manual_seed(3)
-    assert not torch.equal(treerpo.draw_ids(row.repeat(20_000, 1), 0.6), drawn)
-    several = torch.randn(5, 30, generator=generator)
-    assert torch.equal(draw_ids(several, 0.0), several.argmax(-1))
+    assert not torch.equal(treerpo.draw_ids(logits, 20_000, 30, 0.6), drawn)
+    several = torch.randn(5, 1, 32, generator=generator)
+    assert torch.equal(draw(several, 4, 30, 0.0), several[:4, 0, :30].argmax(-1))
     counts = torch._dynamo.utils.counters["stats"]
     assert counts["unique_graphs"] == 2  # one for each temperature
-    for n_rows in (3, 2, 1):
-        draw_ids(several[:n_rows], 0.6)
+    for n_rows in (5, 3, 2, 1):
+        assert draw(several, n_rows, 30, 0.6).shape == (n_rows,)
     assert counts["unique_graphs"] == 3
+
+
+def test_draws_and_entropies_are_made_in_float32():
+    """Noise in bfloat16 would have few values, and change about one draw in a hundred."""
+    logits = torch.randn(20_000, 1, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
+    drawn = []
+    for some in (logits, logits.float()):
+        torch.manual_seed(3)
+        drawn.append(treerpo.draw_ids(some, 20_000, 400, 1.0))
+    assert torch.equal(*drawn)
+    exact = torch.distributions.Categorical(logits=logits[:50, 0].double()).entropy()
+    found = treerpo.token_entropies(logits[:50, 0], 1.0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("how", [decoding(), static()], ids=["growing", "static"])
+def test_logits_that_are_no_numbers_late_in_a_call_are_noticed(how):
+    model = tiny_model()
+    n_tokens = []
+
+    def spoil(module, inputs, output):
+        n_tokens.append(len(output))
+        return output * math.nan if len(n_tokens) >= 3 else output
+
+    model.lm_head.register_forward_hook(spoil)
+    never_ends = dataclasses.replace(how, eos_ids=(N_TOKENS,))
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        sample_trees(model, PROMPTS, [2], [4], never_ends)
+    assert len(n_tokens) == 4
 
 
 @pytest.mark.parametrize("checkpointing, n_graphs", [(False, 3), (True, 4)])

@@ -377,7 +377,7 @@ class DrawToken:
         return perturb(logits, self.decoding.temperature)
 
     def record(self, logits: Tensor) -> None:
-        """Progress, entropies, and the logits themselves, for each token."""
+        """Keep the logits for the check, tell the progress, keep the entropies."""
         self.logits = logits
         if self.decoding.progress is not None:
             self.decoding.progress(self.n_rows)
@@ -1271,10 +1271,12 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
     model.set_attn_implementation("grouped")
 
 
-def draw_ids(logits: Tensor, temperature: float) -> Tensor:
-    """[R, V] of any dtype -> [R]: DrawToken and the argmax of `generate` as one function, of which
-    the compiler makes one or two kernels."""
-    return perturb(logits.float(), temperature).argmax(-1)
+def draw_ids(logits: Tensor, n_rows: int, vocab_size: int, temperature: float) -> Tensor:
+    """[B, 1, V] of any dtype -> [n_rows]: DrawToken and the argmax of `generate` as one function, of
+    which the compiler makes one kernel. Given a part of the logits, it would make a graph for a
+    part and another one for the whole."""
+    logits = logits[:n_rows, -1, :vocab_size].float()
+    return perturb(logits, temperature).argmax(-1)
 
 
 def decode_ahead(
@@ -1295,6 +1297,8 @@ def decode_ahead(
     draw_token = logits_processor[0]
     n_rows = draw_token.n_rows
     decoding = draw_token.decoding
+    vocab_size = decoding.vocab_size
+    workspace = decoding.workspace
     forward = model
     if generation_config.compile_config is not None:
         forward = model.get_compiled_call(generation_config.compile_config)
@@ -1305,12 +1309,13 @@ def decode_ahead(
         inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_inputs)
         output = forward(**inputs, return_dict=True)
         model_inputs = model._update_model_kwargs_for_generation(output, model_inputs)
-        logits = output.logits[:n_rows, -1, :decoding.vocab_size]
-        draw_token.record(logits)
-        tokens[:n_rows] = decoding.workspace.draw_ids(logits, decoding.temperature)
+        draw_token.record(output.logits[:n_rows, -1, :vocab_size])
+        tokens[:n_rows] = workspace.draw_ids(
+            output.logits, n_rows, vocab_size, decoding.temperature
+        )
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         ended |= torch.isin(tokens[:n_rows], eos_ids)
-        if count % decoding.workspace.check_every == 0 and ended.all():
+        if count % workspace.check_every == 0 and ended.all():
             break
     return ids
 
