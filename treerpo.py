@@ -186,8 +186,9 @@ class Settings(OutputSettings, SpeedSettings, LearningSettings, TreeSettings, Da
     """
 
 
-# complete_settings, near the end, applies these presets in turn: DEMO (without --model), ALGORITHMS,
-# DEMO_WHOLE_ANSWERS (DEMO without a tree), SEQUENCE_CLIP_EPS (sequence ratios), given flags.
+# complete_settings, near the end, applies these presets in turn: DEMO (without --model),
+# ALGORITHMS, DEMO_WHOLE_ANSWERS (DEMO without a tree), SEQUENCE_CLIP_EPS (sequence ratios), given
+# flags.
 
 # What --algo NAME changes: whole answers, as long as three steps of 384 tokens, instead of a tree;
 # Eq. 3; and GSPO's ratio. TreeAdv takes --leaves and --trees for --branching. All prune groups
@@ -978,9 +979,10 @@ def update_policy(
     """One optimiser step for each mini-batch of these trees (§4) -> the metrics of the batch.
 
     Old and reference log-probs are taken before the first optimiser step, and not from sampling,
-    whose rounding is another. The first mini-batch needs no pass for the old ones: the policy has not moved yet, so its ratios are 1 and it clips
-    nothing. clip_ratio and grad_norm are those of the last mini-batch. progress is called with the
-    tokens of each row, once before the optimiser steps and once in them.
+    whose rounding is another. The first mini-batch needs no pass for the old ones: the policy has
+    not moved yet, so its ratios are 1 and it clips nothing. clip_ratio and grad_norm are those of
+    the last mini-batch. progress is called with the tokens of each row, once before the optimiser
+    steps and once in them.
     """
     set_update_mode(model)
     padded = model.config._attn_implementation == "flex_attention"
@@ -1272,9 +1274,9 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
 
 
 def draw_ids(logits: Tensor, n_rows: int, vocab_size: int, temperature: float) -> Tensor:
-    """[B, 1, V] of any dtype -> [n_rows]: DrawToken and the argmax of `generate` as one function, of
-    which the compiler makes one kernel. Given a part of the logits, it would make a graph for a
-    part and another one for the whole."""
+    """[B, 1, V] of any dtype -> [n_rows]: DrawToken and the argmax of `generate` as one function,
+    of which the compiler makes one kernel. It cuts the logits itself: given a part of them, the
+    compiler would make a graph for a part and another one for the whole."""
     logits = logits[:n_rows, -1, :vocab_size].float()
     return perturb(logits, temperature).argmax(-1)
 
@@ -1381,8 +1383,9 @@ class Workspace:
 
     def __init__(self, max_rows: int, length: int, compile_config: CompileConfig | None) -> None:
         self.max_rows = max_rows
-        # In tokens over all rows. One row may be twice as long: TreeAdv continues a late fork, whose
-        # prompt is nearly a whole answer, together with an early one, which may grow by as much.
+        # In tokens over all rows. One row may be twice as long: TreeAdv continues a late fork,
+        # whose prompt is nearly a whole answer, together with an early one, which may grow by as
+        # much.
         self.capacity = max(2, max_rows) * self.round_up(length)
         self.compile_config = compile_config
         self.draw_ids = draw_ids
