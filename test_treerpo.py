@@ -4619,6 +4619,28 @@ def test_killed_at_random_instants_nothing_is_lost(whole, tmp_path, launcher):
     assert_same_run(out, whole)
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["| tee log", "2>&1 | tee log"])
+def test_ctrl_c_saves_the_step_when_it_ends_the_reader_of_the_screen(whole, tmp_path, both):
+    """The terminal sends Ctrl-C to tee as well, so that nobody reads what is printed next."""
+    out = tmp_path / "run"
+    command = [sys.executable, treerpo.__file__, "--out", out, *with_changes(WHOLE, save_every=100)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE
+    )
+    wait_for(lambda: logged_steps(out) >= 1)
+    process.send_signal(signal.SIGINT)
+    process.stdout.close()
+    if not both:
+        told = process.stderr.read()
+        assert b"nobody reads the output any more" in told
+        assert b"Traceback" not in told
+    assert process.wait() == (1 if both else 130)
+    last = metrics(out)[-1]["step"]
+    assert [path.name for path in out.glob("checkpoint*")] == [f"checkpoint-{last}"]
+    assert run("--resume", out) == 0
+    assert_same_run(out, whole)
+
+
 def test_a_second_process_on_the_folder_is_refused(tmp_path, launcher, capsys):
     out = tmp_path / "run"
     flags = with_changes(TINY, steps=1000)

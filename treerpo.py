@@ -191,8 +191,8 @@ class Settings(OutputSettings, SpeedSettings, LearningSettings, TreeSettings, Da
 # flags.
 
 # What --algo NAME changes: whole answers, as long as three steps of 384 tokens, instead of a tree;
-# Eq. 3; and GSPO's ratio. TreeAdv takes --leaves and --trees for --branching. All prune groups
-# whose rewards do not spread, which in the other papers stay in the mean [ours].
+# Eq. 3; and GSPO's ratio. TreeAdv takes --leaves and --trees for --branching. All of them prune
+# groups whose rewards do not spread, which GRPO and GSPO leave in the mean [ours].
 WHOLE_ANSWERS = {"branching": [8], "step_len": [1152], "normalizer": "std"}
 ALGORITHMS = {
     "treerpo": {},
@@ -1421,9 +1421,7 @@ class Workspace:
             layer.cumulative_length.fill_(past)
         return rows.ids[picked], rows.mask[picked], cache
 
-    def cache_of_shape(
-        self, kv: list[tuple[Tensor, Tensor]], batch: int, length: int
-    ) -> Cache:
+    def cache_of_shape(self, kv: list[tuple[Tensor, Tensor]], batch: int, length: int) -> Cache:
         """The blocks viewed as a cache of this shape, made once for each shape. Of kv only heads,
         widths and dtypes count; open_rows copies the contents."""
         if not self.blocks:
@@ -4008,7 +4006,11 @@ class Status:
 
     def show(self) -> None:
         self.shown = time.monotonic()
-        self.bar.set_postfix_str(f"{self.name} {self.count:,} tokens" if self.count else self.name)
+        text = f"{self.name} {self.count:,} tokens" if self.count else self.name
+        try:
+            self.bar.set_postfix_str(text)
+        except BrokenPipeError:  # Ctrl-C ends `2>&1 | tee log`, too; the step is still to be saved
+            self.bar.disable = True
 
 
 def share(value: float | None) -> str:
@@ -4093,8 +4095,11 @@ class CtrlC:
         self.pressed = True
         for number in self.signals:
             signal.signal(number, signal.default_int_handler)
-        # print could meet itself here: a signal may come in the middle of another print.
-        os.write(2, b"\nstopping after this step or evaluation; Ctrl-C again: at once\n")
+        text = b"\nstopping after this step or evaluation; Ctrl-C again: at once\n"
+        try:
+            os.write(2, text)  # print could meet itself: a signal may come in the middle of another
+        except BrokenPipeError:  # see Status.show
+            pass
 
     def __exit__(self, *error: object) -> None:
         for number, original in zip(self.signals, self.originals):
@@ -4286,17 +4291,17 @@ def evaluate_run(run: Run, settings: Settings, status: Status) -> dict[str, floa
     )
 
 
-def log(run: Run, row: dict, steps: int) -> None:
+def log(run: Run, row: dict) -> None:
     """Write a row of metrics, and make it the newest one, which a checkpoint holds."""
     append_jsonl(run.out / "metrics.jsonl", [row])
     run.last.update(row)
-    tqdm.write(step_line(row, steps))
 
 
 def evaluate_before_training(run: Run, settings: Settings) -> None:
     with tqdm(desc="before training", bar_format="{desc}{postfix}", leave=False) as bar:
         row = {"step": 0, **evaluate_run(run, settings, Status(bar))}
-    log(run, row, settings.steps)
+    log(run, row)
+    print(step_line(row, settings.steps), flush=True)
 
 
 def run_steps(run: Run, settings: Settings, ctrl_c: CtrlC) -> int:
@@ -4311,7 +4316,7 @@ def run_steps(run: Run, settings: Settings, ctrl_c: CtrlC) -> int:
             row = run_step(run, step, settings, status)
             if step % settings.eval_every == 0 or step == settings.steps:
                 row.update(evaluate_run(run, settings, status))
-            log(run, row, settings.steps)
+            log(run, row)
             bar.update()
             interrupted = ctrl_c.pressed  # asked once: what is reported is what is saved
             broken = row["skipped"] >= 3
@@ -4322,6 +4327,7 @@ def run_steps(run: Run, settings: Settings, ctrl_c: CtrlC) -> int:
                     run.out, run.model, run.tokenizer, run.optimizer, run.decoding.eos_ids,
                     run.last, settings.keep,
                 )
+            tqdm.write(step_line(row, settings.steps))  # after saving: it fails if nobody reads it
             if broken:
                 raise FloatingPointError(
                     f"three steps in a row were not finite; {run.out}/checkpoint-{step} has the "
@@ -4615,6 +4621,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("stopped at once; --resume continues from a run's last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # Ctrl-C ends the tee of `| tee log`, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python itself prints at the end
+        print("nobody reads the output any more; continue with --resume", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
         if "memory" in f"{type(error).__name__} {error}".lower():
